@@ -1,0 +1,63 @@
+"""The base model and the bounded field types that every part of the contract is made of."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.alias_generators import to_camel
+
+GROUP: Final = "finetune.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+
+_DURATION = r"^([0-9]{1,6}d)?([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$"
+_UNIT_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+
+
+class Model(BaseModel):
+    """Base of the contract: unknown keys are errors, names are camelCase on the wire, values are frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+def parse_duration(text: str) -> int:
+    """Seconds in a duration such as ``90s``, ``30m``, ``1h30m`` or ``2d``.
+
+    Raises:
+        ValueError: the text is empty or not a duration.
+    """
+    if not text or not re.match(_DURATION, text):
+        raise ValueError(f"{text!r} is not a duration; write for example 90s, 30m, 1h30m or 2d")
+    return sum(int(n) * _UNIT_SECONDS[unit] for n, unit in re.findall(r"([0-9]+)([dhms])", text))
+
+
+def _checked_duration(text: str) -> str:
+    parse_duration(text)
+    return text
+
+
+# A string with no control character: nothing that could break a log line or a terminal.
+_PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+
+Duration = Annotated[
+    str, StringConstraints(min_length=2, max_length=32, pattern=_DURATION), AfterValidator(_checked_duration)
+]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=_PRINTABLE)]
+LongText = Annotated[str, StringConstraints(min_length=1, max_length=8192)]
+ResourceName = Annotated[
+    str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+]
+Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveCount = Annotated[int, Field(ge=1, le=1_000_000_000)]

@@ -1,0 +1,283 @@
+"""FinetuneJob's spec: what a user asks for. Every field has its unit and its bounds.
+
+Rules that look at more than one field stand in `rules.py`, once, as CEL for the API server and as Python for
+`finetune validate`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Duration, Fraction, LongText, Model, PositiveCount, ResourceName, ShortText, Uri
+
+Objective = Literal["sft", "pretrain", "dpo"]
+Tuning = Literal["full", "lora"]
+DataFormat = Literal["auto", "chat", "completion", "text", "code", "preference", "rag"]
+Overlong = Literal["error", "truncate", "split", "drop"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+class RuntimeRef(Model):
+    """Names the FinetuneRuntime, made by the admin, that the job runs on."""
+
+    name: ResourceName = Field(description="Name of a FinetuneRuntime. Defaulted when the cluster has exactly one.")
+
+
+class ModelSource(Model):
+    """The base model."""
+
+    source: Uri = Field(
+        description="Where the base model is: hf://ORG/NAME@REVISION, s3://, gs://, abfs://, pvc://CLAIM/PATH, "
+        "file:// or, for `finetune run`, a path relative to the job file. A Hugging Face folder with safetensors."
+    )
+
+
+class Lora(Model):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(16, ge=1, le=1024, description="Rank r of the two adapter matrices.")
+    alpha: float = Field(32, gt=0, le=8192, description="Scale: the adapter's output is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, as a fraction.")
+    target_modules: list[ShortText] = Field(
+        ["all-linear"],
+        min_length=1,
+        max_length=64,
+        description="Names of the linear layers that get an adapter; `all-linear` means each but the output head.",
+    )
+
+
+class Dpo(Model):
+    """Preference tuning."""
+
+    beta: float = Field(0.1, gt=0, le=10, description="How strongly the tuned model is held to the base model.")
+    loss: Literal["sigmoid", "ipo", "length-normalised"] = Field("sigmoid", description="Form of the preference loss.")
+
+
+class Method(Model):
+    """How the model is tuned."""
+
+    objective: Objective = Field("sft", description="sft: answers; pretrain: raw text; dpo: preferences.")
+    tuning: Tuning = Field("lora", description="lora trains small adapters, full trains every weight.")
+    lora: Lora = Field(default_factory=Lora, description="Used when tuning is lora.")
+    dpo: Dpo = Field(default_factory=Dpo, description="Used when objective is dpo.")
+
+
+ColumnField = Literal["messages", "tools", "prompt", "completion", "text"]
+
+
+class DataSource(Model):
+    """One file or folder of rows."""
+
+    uri: Uri = Field(
+        description="s3://, gs://, abfs://, file:// or, for `finetune run`, a path relative to the job file. A file or "
+        "a folder of .jsonl, .parquet or .csv, plain or with .gz or .zst behind it."
+    )
+    format: DataFormat = Field("auto", description="How rows are read. auto: detected from each file's fields.")
+    weight: float = Field(
+        1.0, gt=0, le=100, description="Times each row is seen per epoch; 0.5 samples half, 2.5 repeats."
+    )
+    columns: dict[ColumnField, ShortText] = Field(
+        default_factory=dict, max_length=8, description="Renames: our field's name to the file's column name."
+    )
+
+
+class Fim(Model):
+    """Fill in the middle for code (https://arxiv.org/abs/2207.14255)."""
+
+    rate: Fraction = Field(0.5, description="Share of code documents that are turned into fill-in-the-middle rows.")
+    spm_rate: Fraction = Field(0.5, description="Of those, the share written suffix-prefix-middle.")
+
+
+class Refusals(Model):
+    """Built-in refusal and uncertainty rows."""
+
+    mix: Fraction = Field(0.0, description="Share of training rows that come from the built-in set.")
+
+
+class Data(Model):
+    """The rows and how they become token sequences."""
+
+    train: list[DataSource] = Field(min_length=1, max_length=256, description="Training rows.")
+    evaluation: list[DataSource] = Field(
+        default_factory=list, max_length=256, description="Evaluation rows. Empty: `evaluationFraction` is used."
+    )
+    evaluation_fraction: float = Field(
+        0.0, ge=0, le=0.5, description="Share of training rows set aside for evaluation, chosen by content hash."
+    )
+    sequence_length: int = Field(2048, ge=16, le=4_194_304, description="Longest sequence, in tokens.")
+    packing: bool = Field(True, description="Put several documents in one sequence; they never see each other.")
+    overlong: Overlong = Field("error", description="What happens to a row longer than sequenceLength.")
+    deduplicate: Literal["near", "exact", "off"] = Field(
+        "near", description="Drop rows that repeat another: by content (exact), or also nearly so (MinHash, near)."
+    )
+    near_duplicate_threshold: float = Field(
+        0.9, ge=0.5, le=1, description="Estimated Jaccard similarity of word 5-grams above which rows are duplicates."
+    )
+    loss: Literal["assistant", "last-turn", "all"] = Field(
+        "assistant", description="Which tokens are learned in chat rows: every assistant turn, the last one, or all."
+    )
+    fim: Fim = Field(default_factory=Fim, description="Fill in the middle, for format code.")
+    refusals: Refusals = Field(default_factory=Refusals, description="Built-in refusal rows.")
+
+
+class Training(Model):
+    """The optimisation. Steps are optimizer steps over the whole world."""
+
+    epochs: float | None = Field(None, gt=0, le=1000, description="Passes over the rows. Default 1 without maxSteps.")
+    max_steps: PositiveCount | None = Field(None, description="Optimizer steps. With epochs, whichever ends first.")
+    tokens_per_batch: int | None = Field(
+        None, ge=16, le=1_000_000_000, description="Global batch in tokens; rounded down to whole sequences."
+    )
+    sequences_per_batch: int | None = Field(
+        None, ge=1, le=1_000_000, description="Global batch in sequences (packed rows). Default 16."
+    )
+    micro_batch: int = Field(1, ge=1, le=4096, description="Sequences per forward pass on one worker.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    schedule: Schedule = Field("cosine", description="Shape after warm-up; wsd is warm-up, stable, decay.")
+    warmup: float = Field(0.03, ge=0, le=1_000_000, description="Steps when 1 or more, else a fraction of all steps.")
+    decay: Fraction = Field(0.2, description="Fraction of all steps that wsd spends decaying.")
+    minimum_learning_rate: Fraction = Field(0.1, description="Where cosine, linear and wsd end, relative to the peak.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay; not on norms and biases.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the gradient's second moment.")
+    epsilon: float = Field(1e-8, gt=0, le=0.1, description="AdamW's epsilon.")
+    clipping: float = Field(1.0, ge=0, le=1000, description="Largest global gradient norm; 0 turns it off.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seeds initialisation, data order and dropout.")
+    precision: Precision = Field("bf16", description="Arithmetic of forward and backward; fp16 only on GPUs.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    evaluate_every_steps: PositiveCount | None = Field(
+        None, description="Evaluate this often. Always at the start and at the end."
+    )
+
+
+class Offload(Model):
+    """What DeepSpeed keeps in host memory."""
+
+    optimizer: Literal["none", "cpu"] = Field("none", description="Optimizer states (ZeRO 1 to 3).")
+    parameters: Literal["none", "cpu"] = Field("none", description="Parameters (ZeRO 3).")
+
+
+class DeepSpeed(Model):
+    """DeepSpeed's engine."""
+
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto", description="ZeRO stage: 0 none, 1 optimizer states, 2 and gradients, 3 and parameters are sharded."
+    )
+    offload: Offload = Field(default_factory=Offload, description="Offload to host memory.")
+    sequence_parallel: int = Field(1, ge=1, le=256, description="Workers that share one sequence (Ulysses).")
+    config: dict[ShortText, Any] = Field(
+        default_factory=dict, max_length=64, description="Raw DeepSpeed keys, merged last; checked at admission."
+    )
+
+
+class Workers(Model):
+    """The Ray workers that train."""
+
+    count: int = Field(1, ge=1, le=4096, description="Workers, one process each per GPU (or per CPU share).")
+    min: int | None = Field(None, ge=1, le=4096, description="Fewest workers to go on with (elastic).")
+    gpus_each: int = Field(0, ge=0, le=16, description="GPUs of each worker pod; 0 trains on CPUs.")
+    cpus_each: float = Field(1, gt=0, le=1024, description="CPU cores of each worker.")
+
+
+class Checkpoint(Model):
+    """Checkpoints for resuming. One is always written at the end and on Ctrl-C, SIGTERM or a preemption notice."""
+
+    every_steps: PositiveCount | None = Field(None, description="Write one this often, in steps.")
+    every_minutes: float | None = Field(
+        None, gt=0, le=10_080, description="Write one this often, in minutes. Default 10 without everySteps."
+    )
+    keep: int = Field(2, ge=1, le=1000, description="Complete checkpoints to keep.")
+
+
+class Output(Model):
+    """Where the weights go."""
+
+    uri: Uri = Field(description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path.")
+    merge: bool = Field(True, description="With lora: also write the base model with the adapter merged in.")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type on disk; auto: the base model's.")
+
+
+class Prompt(Model):
+    """A prompt whose answers, base and tuned, stand side by side in the report."""
+
+    prompt: LongText = Field(description="What the user says.")
+    system: LongText | None = Field(None, description="System message before it.")
+    expect: list[ShortText] = Field(
+        default_factory=list, max_length=16, description="The tuned answer should contain one of these (any case)."
+    )
+    reject: list[ShortText] = Field(
+        default_factory=list, max_length=16, description="The tuned answer should contain none of these (any case)."
+    )
+    topic: ShortText | None = Field(None, description="Heading under which the report groups it.")
+    held_out: bool = Field(False, description="Must not stand in the training rows; prepare checks it.")
+
+
+class Gate(Model):
+    """A bound on an evaluation figure; missed, the job fails and its weights are kept aside."""
+
+    metric: Literal["evalLoss", "evalLossRatio", "promptsPassed", "refusalRate", "overRefusalRate"] = Field(
+        description="evalLossRatio is tuned over base; promptsPassed is the share of prompts with expect or reject "
+        "whose tuned answer meets both."
+    )
+    min: float | None = Field(None, ge=-1e9, le=1e9, description="Smallest value that passes.")
+    max: float | None = Field(None, ge=-1e9, le=1e9, description="Largest value that passes.")
+
+
+class Evaluation(Model):
+    """What is measured at the end."""
+
+    prompts: list[Prompt] = Field(default_factory=list, max_length=256, description="Prompts for the report.")
+    max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest answer to a prompt, in tokens (greedy).")
+    refusal_suite: bool = Field(False, description="Measure refusals with the built-in suite.")
+    gates: list[Gate] = Field(default_factory=list, max_length=32, description="Bounds that the run must meet.")
+
+
+class Limits(Model):
+    """What the job may use at most."""
+
+    retries: int = Field(3, ge=0, le=100, description="Attempts after a failure that is worth retrying.")
+    preemptions: int = Field(20, ge=0, le=10_000, description="Attempts after a preemption.")
+    active_deadline: Duration | None = Field(None, description="Longest life of the job, such as 12h.")
+    max_cost: float | None = Field(None, gt=0, le=1e9, description="Most the job may cost, in the runtime's currency.")
+
+
+class FinetuneJobSpec(Model):
+    """What to finetune, on which rows, how, and where the weights go."""
+
+    runtime_ref: RuntimeRef | None = Field(None, description="The admin's runtime to run on.")
+    model: ModelSource = Field(description="Base model.")
+    method: Method = Field(default_factory=Method, description="Objective and kind of tuning.")
+    data: Data = Field(description="Rows.")
+    training: Training = Field(default_factory=Training, description="Optimisation.")
+    deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="DeepSpeed's engine.")
+    workers: Workers = Field(default_factory=Workers, description="Workers.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Checkpoints.")
+    output: Output = Field(description="Weights and report.")
+    evaluation: Evaluation = Field(default_factory=Evaluation, description="Evaluation at the end.")
+    limits: Limits = Field(default_factory=Limits, description="Retries, deadline and cost.")
+    suspend: bool = Field(False, description="Checkpoint, free the GPUs and wait.")
+    ttl_after_finished: Duration | None = Field(None, description="Delete the job this long after its end.")
+
+
+class ObjectMeta(Model):
+    """The part of Kubernetes' metadata that is read offline; other fields are kept as they are."""
+
+    model_config = Model.model_config | {"extra": "allow"}
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=47, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")] = (
+        Field(description="Name of the job; at most 47 characters, since children carry it (KubeRay's limit).")
+    )
+    namespace: ResourceName | None = Field(None, description="Namespace.")
+
+
+class FinetuneJob(Model):
+    """A finetuning job, as it stands in a file."""
+
+    api_version: Literal["finetune.dev/v1alpha1"] = Field(description="finetune.dev/v1alpha1")
+    kind: Literal["FinetuneJob"] = Field(description="FinetuneJob")
+    metadata: ObjectMeta = Field(description="Name and namespace.")
+    spec: FinetuneJobSpec = Field(description="What to do.")
+    status: dict[str, Any] | None = Field(None, description="Set by the operator; ignored offline.")
