@@ -110,7 +110,7 @@ class Data(Model):
     sequence_length: int = Field(2048, ge=16, le=4_194_304, description="Longest sequence, in tokens.")
     packing: bool = Field(True, description="Put several documents in one sequence; they never see each other.")
     overlong: Overlong = Field("error", description="What happens to a row longer than sequenceLength.")
-    deduplicate: Literal["near", "exact", "off"] = Field(
+    deduplicate: Literal["near", "exact", "none"] = Field(
         "near", description="Drop rows that repeat another: by content (exact), or also nearly so (MinHash, near)."
     )
     near_duplicate_threshold: float = Field(
