@@ -1,0 +1,1 @@
+"""Prepare: read, check, deduplicate, render, mask, tokenise, pack; ends bad data before a GPU is taken."""
