@@ -1,0 +1,98 @@
+"""The commands that work on rows, models and weights: `finetune run`, `prepare`, `train` and `report`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from finetune_api.run import EXPORT, PREPARED
+
+from finetune_trainer.progress import Display
+
+_FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_WORK = click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder: prepared rows, checkpoints, report.  [default: runs/NAME]",
+)
+_FRESH = click.option("--fresh", is_flag=True, help="Forget what the run folder holds and begin again.")
+
+
+@click.command()
+@_FILE
+@_WORK
+@_FRESH
+@click.option(
+    "--price-per-hour", type=click.FloatRange(min=0), help="What an hour of all workers costs, for the report."
+)
+@click.option("--currency", default="USD", show_default=True, help="Currency of the price.")
+def run(file: Path, work_dir: Path | None, fresh: bool, price_per_hour: float | None, currency: str) -> None:
+    """Finetune on this machine and show what changed.
+
+    FILE holds one FinetuneJob. Its rows are prepared, the model is trained, weights and a report are written. Ctrl-C
+    writes a checkpoint and leaves nothing running; the same command goes on from there.
+    """
+    from finetune_trainer import pipeline
+    from finetune_trainer.finish import Price, summary
+
+    display = Display()
+    price = None if price_per_hour is None else Price(per_hour=price_per_hour, currency=currency)
+    with pipeline.open_run(file, work_dir, fresh=fresh) as opened, _stop_on_signals() as stop:
+        manifest = pipeline.prepare_stage(opened, display, stop.is_set)
+        pipeline.train_stage(opened, manifest, display, stop.is_set)
+        result = pipeline.finish_stage(opened, price, display, stop.is_set)
+    display.console.print(summary(result))
+
+
+@click.command()
+@_FILE
+@_WORK
+def prepare(file: Path, work_dir: Path | None) -> None:
+    """Check the rows and turn them into token sequences; no GPU is needed.
+
+    Bad rows are reported with file, line and field. `finetune run` and `finetune train` reuse what was prepared.
+    """
+    from finetune_trainer import pipeline
+
+    with pipeline.open_run(file, work_dir, fresh=False) as opened, _stop_on_signals() as stop:
+        pipeline.prepare_stage(opened, Display(), stop.is_set)
+        click.echo(f"{opened.work}/{PREPARED}")
+
+
+@click.command()
+@_FILE
+@_WORK
+def train(file: Path, work_dir: Path | None) -> None:
+    """Train on prepared rows (preparing them first if need be); weights end in the run folder.
+
+    This is `finetune run` without the comparison, the publishing and the report.
+    """
+    from finetune_trainer import pipeline
+
+    display = Display()
+    with pipeline.open_run(file, work_dir, fresh=False) as opened, _stop_on_signals() as stop:
+        manifest = pipeline.prepare_stage(opened, display, stop.is_set)
+        pipeline.train_stage(opened, manifest, display, stop.is_set)
+        click.echo(f"{opened.work}/{EXPORT}")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process as it would by default."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        click.echo(" stopping: writing a checkpoint (again to end at once)", err=True)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""The main job on one machine: prepare, train, finish, in one run folder that the same command goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune_api.errors import Interrupted, SpecError, StorageError
+from finetune_api.files import load_job
+from finetune_api.job import FinetuneJobSpec
+from finetune_api.run import CHECKPOINTS, METRICS_FILE, RUN_FILE, RunConfig
+
+from finetune_trainer import storage
+from finetune_trainer.finish import Price, Result, finish
+from finetune_trainer.manifest import Manifest
+from finetune_trainer.prepare import prepare
+from finetune_trainer.progress import Display, TrainingStatus, count
+from finetune_trainer.ray_adapter import train_with_ray
+from finetune_trainer.reporter import Event, MetricsFile
+
+# A checkpoint made under other values of these could not be gone on from.
+_FIXED = ("model", "method", "data", "training", "deepspeed")
+
+
+@contextmanager
+def open_run(file: Path, work: Path | None, *, fresh: bool) -> Iterator[RunConfig]:
+    """The run of the job in `file`, begun or gone on with; no other process gets it meanwhile.
+
+    Args:
+        file: holds one FinetuneJob. Relative paths in it start from its folder and may not leave it.
+        work: the run folder; by default `runs/<name>` below the current folder.
+        fresh: forget what the run folder holds.
+
+    Raises:
+        SpecError: the file is wrong, or the folder holds checkpoints of a job that differs in what they depend on.
+        StorageError: another run works in the folder.
+    """
+    job = load_job(file)
+    work = (work or Path("runs") / job.metadata.name).resolve()
+    base_dir = file.parent.resolve()
+    model = storage.local_folder(job.spec.model.source, base_dir)
+    with _locked(work):
+        if fresh:
+            _empty(work)
+        run = RunConfig(
+            name=job.metadata.name,
+            uid=_uid(job.spec, work),
+            spec=job.spec,
+            base_dir=str(base_dir),
+            model_path=str(model),
+            work=str(work),
+        )
+        storage.write_atomically(work / RUN_FILE, run.model_dump_json(indent=2))
+        yield run
+
+
+def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bool]) -> Manifest:
+    """Rows become shards."""
+    with display.stage("prepare") as stage:
+
+        def progress(done: float, total: float, what: str) -> None:
+            if should_stop():
+                raise Interrupted("stopped while preparing the rows", hint="The same command begins this stage again.")
+            stage.update(what, done, total)
+
+        manifest = prepare(run, progress)
+        train = manifest.splits["train"]
+        stage.summary = (
+            f"{count(train.documents)} documents, {count(train.tokens)} tokens in {count(train.sequences)} sequences"
+        )
+    return manifest
+
+
+def train_stage(run: RunConfig, manifest: Manifest, display: Display, should_stop: Callable[[], bool]) -> None:
+    """Shards become weights in `<work>/export`."""
+    status = TrainingStatus()
+    with display.stage("train") as stage, MetricsFile(Path(run.work) / METRICS_FILE) as metrics:
+
+        def on_event(event: Event) -> None:
+            metrics.event(event)
+            line = status.update(event)
+            stage.update(line, status.step, status.total or None, now=event["event"] != "step")
+
+        stage.update(f"starting {run.spec.workers.count} workers")
+        train_with_ray(run, on_event, should_stop)
+        if status.outcome == "interrupted":
+            raise Interrupted(
+                f"stopped at step {status.step} of {status.total}; a checkpoint was written",
+                hint="The same command goes on from there.",
+            )
+        stage.summary = f"{status.step} steps"
+
+
+def finish_stage(run: RunConfig, price: Price | None, display: Display, should_stop: Callable[[], bool]) -> Result:
+    """Weights are published, base and tuned compared, the report written."""
+    with display.stage("finish") as stage:
+
+        def progress(text: str) -> None:
+            if should_stop():
+                raise Interrupted("stopped after training", hint="The same command goes on from there.")
+            stage.update(text)
+
+        result = finish(run, seconds=display.seconds, price=price, progress=progress)
+        stage.summary = "weights published, report written"
+    return result
+
+
+def _uid(spec: FinetuneJobSpec, work: Path) -> str:
+    """The uid of the run that is there, or of a new one."""
+    file = work / RUN_FILE
+    if not file.exists():
+        return uuid.uuid4().hex
+    before = RunConfig.model_validate_json(file.read_bytes())
+    changed = [name for name in _FIXED if getattr(before.spec, name) != getattr(spec, name)]
+    if changed and any((work / CHECKPOINTS).glob("*")):
+        raise SpecError(
+            f"spec.{changed[0]} is not what this run began with, and its checkpoints depend on it",
+            where=str(work),
+            hint="Begin again with --fresh, or use another --work-dir for the changed job.",
+        )
+    return before.uid
+
+
+def _empty(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+_LOCK = "lock"
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder for as long as this process lives."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                "another run works in this folder", where=str(work), hint="Wait for it, or use another --work-dir."
+            ) from None
+        yield

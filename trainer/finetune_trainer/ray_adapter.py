@@ -1,0 +1,223 @@
+"""Runs the training loop on Ray Train: the only module that knows Ray.
+
+The loop (`train.py`) sees an initialised process group, a reporter and a stop flag. Here they come from Ray: the
+workers are Ray Train's, rank 0 reports to a `Progress` actor, and the driver reads that actor and asks it to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import FinetuneError, TrainingError
+from finetune_api.run import ERROR_LOG, RunConfig
+
+from finetune_trainer.reporter import Event
+
+# Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
+if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+_POLL_SECONDS = 0.3
+_STARTUP_TIMEOUT_SECONDS = 1800  # a worker may have to wait for an image of many gigabytes
+
+
+class Progress:
+    """Actor beside the driver: what rank 0 said so far, and whether the run is asked to stop."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stop = False
+
+    def event(self, event: Event) -> bool:
+        """Keeps an event; the answer says whether the run is asked to stop."""
+        self._events.append(event)
+        return self._stop
+
+    def since(self, index: int) -> list[Event]:
+        return self._events[index:]
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+
+class _RayReporter:
+    """Rank 0's side of the actor. Sending never waits for the driver."""
+
+    def __init__(self, actor: ActorHandle[Progress]) -> None:
+        self._actor = actor
+        self._asked: Any = None
+        self._stop = False
+
+    def event(self, event: Event) -> None:
+        self._actor.event.remote(event)
+
+    def should_stop(self) -> bool:
+        """The newest answer that has arrived; asks again without waiting for it."""
+        if self._asked is None:
+            self._asked = self._actor.stop_requested.remote()
+        elif ray.wait([self._asked], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._asked))
+            self._asked = None
+        return self._stop
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs on every Ray Train worker."""
+    from finetune_trainer.train import train
+
+    reporter = _RayReporter(config["progress"])
+    train(RunConfig.model_validate_json(config["run"]), reporter, should_stop=reporter.should_stop)
+
+
+@contextlib.contextmanager
+def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
+    """A Ray cluster of this process's own, on loopback and behind a token; gone with its files on leaving.
+
+    Where RAY_ADDRESS is set (in a RayCluster's head pod) that cluster is used instead and left running.
+    Yields a scratch folder for Ray Train's own state.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="finetune-"))
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**common)
+        else:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
+                num_gpus=gpus or None,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,  # events and configurations only: tensors never go through it
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(scratch / "ray"),
+                **common,
+            )
+        yield scratch
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def train_with_ray(run: RunConfig, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+    """Trains with `run.spec.workers` on Ray Train; returns when the workers have ended.
+
+    Args:
+        run: the run; its data are prepared.
+        on_event: called in this thread with every event of `docs/design/run-folder.md`, in order.
+        should_stop: polled in this thread; once true, the workers checkpoint and leave.
+
+    Raises:
+        FinetuneError: what a worker raised, or TrainingError when one died (after `limits.retries` new attempts).
+    """
+    workers = run.spec.workers
+    processes = workers.count * max(1, workers.gpus_each)
+    with local_cluster(processes * workers.cpus_each, workers.count * workers.gpus_each) as scratch:
+        for attempt in range(run.spec.limits.retries + 1):
+            failure = _attempt(run, scratch, attempt, processes, on_event, should_stop)
+            if failure is None:
+                return
+            if not isinstance(failure, _WorkerDied) or should_stop() or attempt == run.spec.limits.retries:
+                raise failure
+            on_event({"event": "retry", "time": time.time(), "attempt": attempt + 1, "reason": failure.what})
+
+
+class _WorkerDied(TrainingError):
+    """A worker's process ended without an exception of its own: worth another attempt."""
+
+
+def _attempt(
+    run: RunConfig,
+    scratch: Path,
+    attempt: int,
+    processes: int,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> FinetuneError | None:
+    """One start of the worker group; what ended it early, or None when it ended well."""
+    spec = run.spec
+    progress = ray.remote(num_cpus=0)(Progress).remote()
+    threads = str(max(1, int(spec.workers.cpus_each)))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run": run.model_dump_json(), "progress": progress},
+        scaling_config=ScalingConfig(
+            num_workers=processes,
+            use_gpu=spec.workers.gpus_each > 0,
+            resources_per_worker={"CPU": spec.workers.cpus_each},
+        ),
+        run_config=RayRunConfig(
+            name=f"{run.uid}-{attempt}",  # our own checkpoints carry the state: Ray's snapshot must not be restored
+            storage_path=str(scratch / "train"),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        ),
+    )
+    outcome: list[FinetuneError | None] = []
+    log = Path(run.work) / ERROR_LOG
+    fit = threading.Thread(target=lambda: outcome.append(_fit(trainer, log)), name="ray-train", daemon=True)
+    fit.start()
+    seen, asked = 0, False
+    while True:
+        running = fit.is_alive()
+        events = ray.get(progress.since.remote(seen))
+        seen += len(events)
+        for event in events:
+            on_event(event)
+        if not running:
+            return outcome[0]
+        if should_stop() and not asked:
+            progress.request_stop.remote()
+            asked = True
+        fit.join(_POLL_SECONDS)
+
+
+def _fit(trainer: Any, log: Path) -> FinetuneError | None:
+    """Runs Ray Train to its end; what went wrong as one sentence, with every traceback in `log`."""
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
+        for failure in failures:
+            if isinstance(failure, FinetuneError):
+                return failure
+        log.write_text(str(error))
+        if any(isinstance(failure, WorkerHealthCheckFailedError) for failure in failures):
+            return _WorkerDied(
+                "a training worker's process ended without saying why",
+                where=str(log),
+                hint="Often the machine ran out of memory: use fewer workers, a smaller sequenceLength or microBatch. "
+                "The same command goes on from the last checkpoint.",
+            )
+        return _unexpected(failures[0] if failures else error, log)
+    except Exception as error:  # the thread's border: the driver raises what is returned
+        log.write_text(traceback.format_exc())
+        return _unexpected(error, log)
+    return None
+
+
+def _unexpected(error: BaseException, log: Path) -> TrainingError:
+    line = (str(error).strip() or "no message").splitlines()[0][:300]
+    return TrainingError(
+        f"training failed with {type(error).__name__}: {line}",
+        where=str(log),
+        hint="The file has the traceback of every worker. The same command goes on from the last checkpoint.",
+    )
