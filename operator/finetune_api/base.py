@@ -17,10 +17,14 @@ _UNIT_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 
 class Model(BaseModel):
-    """Base of the contract: unknown keys are errors, names are camelCase on the wire, values are frozen."""
+    """Base of the contract: unknown keys are errors, names are camelCase on the wire, values are frozen.
+
+    Types are strict, since the API server's are: "3" is not a number, true is not 1.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
+        strict=True,
         alias_generator=to_camel,
         validate_by_name=True,
         validate_by_alias=True,
@@ -37,7 +41,7 @@ def parse_duration(text: str) -> int:
     Raises:
         ValueError: the text is empty or not a duration.
     """
-    if not text or not re.match(_DURATION, text):
+    if not text or not re.fullmatch(_DURATION, text):
         raise ValueError(f"{text!r} is not a duration; write for example 90s, 30m, 1h30m or 2d")
     return sum(int(n) * _UNIT_SECONDS[unit] for n, unit in re.findall(r"([0-9]+)([dhms])", text))
 
@@ -47,17 +51,28 @@ def _checked_duration(text: str) -> str:
     return text
 
 
-# A string with no control character: nothing that could break a log line or a terminal.
-_PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+# Patterns stand in the CRDs too, so they are what Rust's and Go's regular expressions both understand.
+# No control character: nothing that could break a log line or drive a terminal.
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_TIMESTAMP = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 Duration = Annotated[
     str, StringConstraints(min_length=2, max_length=32, pattern=_DURATION), AfterValidator(_checked_duration)
 ]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=_PRINTABLE)]
+Sentence = Annotated[str, StringConstraints(max_length=1024)]
 LongText = Annotated[str, StringConstraints(min_length=1, max_length=8192)]
 ResourceName = Annotated[
     str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 ]
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
+Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x20\x7f-\x9f]+$")]
+Sha256 = Annotated[str, StringConstraints(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}$")]
+Timestamp = Annotated[
+    str, StringConstraints(max_length=40, pattern=_TIMESTAMP), Field(json_schema_extra={"format": "date-time"})
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveCount = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Money = Annotated[float, Field(ge=0, le=1e12)]
+Measure = Annotated[float, Field(ge=-1e12, le=1e12)]

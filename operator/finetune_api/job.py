@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from finetune_api.base import Duration, Fraction, LongText, Model, PositiveCount, ResourceName, ShortText, Uri
 
@@ -160,10 +160,16 @@ class Offload(Model):
     parameters: Literal["none", "cpu"] = Field("none", description="Parameters (ZeRO 3).")
 
 
+def _not_a_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be auto, 0, 1, 2 or 3")      # a Literal takes True for 1; the API server does not
+    return value
+
+
 class DeepSpeed(Model):
     """DeepSpeed's engine."""
 
-    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_not_a_boolean)] = Field(
         "auto", description="ZeRO stage: 0 none, 1 optimizer states, 2 and gradients, 3 and parameters are sharded."
     )
     offload: Offload = Field(default_factory=Offload, description="Offload to host memory.")

@@ -1,0 +1,137 @@
+"""What a run ends with: `<work>/result.json`, read by the report and by the operator.
+
+Losses are nats per token (Σ weights·nll / Σ weights), durations are seconds, times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finetune_api.base import Model
+
+Outcome = Literal["passed", "failed", "unchecked"]
+
+
+class Answer(Model):
+    """One model's greedy answer to one prompt."""
+
+    text: str = Field(description="What it said, without special tokens.")
+    tokens: int = Field(description="Generated tokens, the end-of-turn token included.")
+    complete: bool = Field(description="It ended its turn by itself, before maxNewTokens.")
+    seconds: float = Field(description="Wall time of generating it.")
+    outcome: Outcome = Field(description="Whether it holds an `expect` and no `reject`; unchecked without either.")
+
+
+class PromptResult(Model):
+    """A prompt with the base model's and the tuned model's answer."""
+
+    prompt: str = Field(description="What the user said.")
+    system: str | None = Field(description="System message before it.")
+    topic: str | None = Field(description="Heading it is grouped under.")
+    held_out: bool = Field(description="It stands in no training row.")
+    expect: list[str] = Field(description="A good answer contains one of these (any case).")
+    reject: list[str] = Field(description="A good answer contains none of these (any case).")
+    base: Answer = Field(description="The base model's answer.")
+    tuned: Answer = Field(description="The tuned model's answer.")
+
+
+class EvaluationResult(Model):
+    """Loss on the evaluation rows before and after, over the same tokens."""
+
+    loss_base: float = Field(description="Base model, nats per token.")
+    loss_tuned: float = Field(description="Tuned model, nats per token.")
+    perplexity_base: float = Field(description="exp(lossBase)")
+    perplexity_tuned: float = Field(description="exp(lossTuned)")
+    tokens: float = Field(description="Tokens (their weights added up) in each of the two.")
+
+
+class TrainingResult(Model):
+    """What the training did."""
+
+    steps: int = Field(description="Finished optimizer steps.")
+    epochs: float = Field(description="Passes over the training sequences.")
+    world_size: int = Field(description="Workers.")
+    device: str = Field(description="Kind of device the workers ran on.")
+    parameters: int = Field(description="Weights of the model.")
+    trainable_parameters: int = Field(description="Weights that were trained.")
+    tokens: int = Field(description="Tokens that went through the model, no padding.")
+    target_tokens: float = Field(description="Of those, tokens in the loss (their weights added up).")
+    first_loss: float = Field(description="Training loss of the first step.")
+    last_loss: float = Field(description="Mean training loss of the last tenth of the steps.")
+    tokens_per_second: float = Field(description="Tokens per second of step time, all workers together.")
+    mfu: float | None = Field(description="Mean share of the device's peak arithmetic; none on CPUs.")
+    memory_bytes: int | None = Field(description="Largest memory of rank 0.")
+
+
+class GateResult(Model):
+    """A gate and the figure it was held against."""
+
+    metric: str = Field(description="Name of the figure.")
+    min: float | None = Field(description="Smallest value that passes.")
+    max: float | None = Field(description="Largest value that passes.")
+    value: float | None = Field(description="What was measured; none: the run could not measure it.")
+    passed: bool = Field(description="The value is there and within the bounds.")
+
+
+class ExportCheck(Model):
+    """An exported folder, loaded again and compared with the model that was trained, on the same tokens."""
+
+    folder: str = Field(description="model, adapter or merged.")
+    tokens: int = Field(description="Positions that were compared.")
+    difference: float = Field(description="Largest difference of a logit, over the largest logit.")
+    bound: float = Field(description="Largest difference that passes; follows from the coarser of the two types.")
+    agreement: float = Field(description="Share of positions where the likeliest token is the same.")
+
+
+class ExportResult(Model):
+    """What was written, and that it loads and gives the same logits."""
+
+    dtype: str = Field(description="Type of the weights on disk.")
+    checks: list[ExportCheck] = Field(description="One for each folder.")
+    seconds: float = Field(description="Wall time of writing and checking.")
+
+
+class Cost(Model):
+    """What the run cost."""
+
+    amount: float = Field(description="pricePerHour × devices × hours.")
+    currency: str = Field(description="Currency, such as USD.")
+    price_per_hour: float = Field(description="Price of one device for an hour.")
+    devices: int = Field(description="GPUs, or workers on CPUs.")
+    hours: float = Field(description="Hours from the start of training to the last answer.")
+
+
+class Verdict(Model):
+    """What came out, in a sentence a person can act on."""
+
+    state: Literal["good", "mixed", "bad", "rejected"] = Field(
+        description="good: what was checked is better or passed; mixed: some prompt failed; "
+        "bad: the evaluation loss rose or no prompt passed; rejected: a gate was missed."
+    )
+    sentence: str = Field(description="The sentence.")
+
+
+class Result(Model):
+    """Everything that a finished run leaves for people and programs."""
+
+    version: Literal[1] = Field(1, description="Of this format.")
+    name: str = Field(description="The job's name.")
+    uid: str = Field(description="The job's UID.")
+    finished: float = Field(description="When it ended, Unix seconds.")
+    model: str = Field(description="Base model as the job names it, without credentials.")
+    verdict: Verdict = Field(description="What came out.")
+    evaluation: EvaluationResult | None = Field(description="None without evaluation rows.")
+    training: TrainingResult = Field(description="What the training did.")
+    prompts: list[PromptResult] = Field(description="In the job's order.")
+    answered_by: str = Field(description="Folder that gave the tuned answers, and the arithmetic it ran in.")
+    gates: list[GateResult] = Field(description="In the job's order.")
+    export: ExportResult = Field(description="Weights and their check.")
+    output: str = Field(description="Where the weights are, without credentials.")
+    stages: dict[str, float] = Field(description="Wall time by stage.")
+    cost: Cost | None = Field(description="None when no price was given.")
+    data: dict[str, Any] = Field(description="prepared/data-report.json: counts and positions, never text.")
+    manifest: dict[str, Any] = Field(description="prepared/manifest.json: hashes and splits.")
+    settings: dict[str, Any] = Field(description="The job's spec with every default filled in.")
+    environment: dict[str, str] = Field(description="Versions of the libraries and of the machine's parts.")
