@@ -1,0 +1,68 @@
+"""This worker's place among the others, and the few collectives that the loop itself needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The process group as one worker sees it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the workers, in float64. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        result: list[float] = tensor.tolist()
+        return result
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value. A collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's value, by rank. A collective."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def join_world() -> World:
+    """Joins the process group: the one that is there (Ray made it), torchrun's, or a group of this process alone.
+
+    Uses the GPU of this worker's local rank with nccl, or the CPU with gloo.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if cuda:
+        # A launcher may show each worker its own GPU only.
+        local_rank %= torch.cuda.device_count()
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(local_rank)      # DeepSpeed reads it
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(dist.get_rank(), dist.get_world_size(), device)

@@ -1,0 +1,72 @@
+"""DeepSpeed's engine around the loss: the only module that imports DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from finetune_api.job import FinetuneJobSpec, Training
+from finetune_trainer.deepspeed_config import deepspeed_config, zero_stage
+from finetune_trainer.distributed import World
+from finetune_trainer.loss import LanguageModelLoss
+from finetune_trainer.model import load_model, optimizer_groups
+
+
+def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulation: int) -> Any:
+    """Loads the model and wraps it: `engine(micro_batch)` is its loss, `engine.module.model` the model itself.
+
+    Args:
+        accumulation: micro-batches of one worker in each optimizer step.
+    """
+    deepspeed = _import_deepspeed(world)
+    config = deepspeed_config(
+        spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda"
+    )
+    torch.manual_seed(spec.training.seed)
+    loss = LanguageModelLoss(load_model(model_path, spec, config))
+    if loss.output is not None and config["zero_optimization"]["stage"] == 3:
+        for parameter in loss.output.external_parameters():
+            deepspeed.zero.register_external_parameter(loss.output, parameter)
+    groups = optimizer_groups(loss, spec.training.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=loss, model_parameters=groups, optimizer=_adamw(groups, spec.training), config=config
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_step(engine: Any) -> float:
+    """Ends a global batch: clips, updates, clears the gradients. Returns their norm before clipping."""
+    norm = None
+    if engine.optimizer is engine.basic_optimizer:      # float32 without ZeRO: DeepSpeed keeps no norm
+        norm = float(torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None))
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def _adamw(groups: list[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups,
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        eps=training.epsilon,
+        fused=True,
+    )
+
+
+def _import_deepspeed(world: World) -> Any:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"        # without it DeepSpeed looks for a GPU, and may find its driver
+    import deepspeed
+    import deepspeed.ops
+
+    # A shared-memory all-reduce that only its inference uses: compiling it would need a compiler, half a minute, and
+    # leave a lock behind when it is interrupted.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,116 @@
+"""The loss of a causal language model, without ever holding all its logits.
+
+Only positions that predict a token with a weight go through the output layer, a chunk at a time, and the gradient of
+each chunk is computed with it, so that neither logits nor recomputation are left for the backward pass (the method
+of https://arxiv.org/abs/2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finetune_trainer.batches import MicroBatch
+
+_CHUNK_BYTES: Final = {"cpu": 16 << 20, "cuda": 512 << 20}      # float32 logits of one chunk: cache here, launches there
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ weights · cross_entropy(hidden @ matrixᵀ + bias, targets), with its gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, learn: bool
+    ) -> Tensor:
+        rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * matrix.shape[0]))
+        needs = [learn and t is not None and t.requires_grad for t in (hidden, matrix, bias)]
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_matrix = torch.zeros_like(matrix, dtype=torch.float32) if needs[1] else None
+        d_bias = torch.zeros_like(matrix[:, 0], dtype=torch.float32) if needs[2] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            h, target, weight = hidden[part], targets[part, None], weights[part]
+            logits = F.linear(h, matrix, bias).float()
+            normaliser = logits.logsumexp(1, keepdim=True)
+            total += ((normaliser - logits.gather(1, target)).squeeze(1) * weight).sum()
+            if not any(needs):
+                continue
+            d_logits = logits.sub_(normaliser).exp_().scatter_add_(1, target, -torch.ones_like(normaliser))
+            d_logits = d_logits.mul_(weight[:, None]).to(h.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, matrix, out=d_hidden[part])
+            if d_matrix is not None:
+                d_matrix += d_logits.T @ h
+            if d_bias is not None:
+                d_bias += d_logits.sum(0, dtype=torch.float32)
+        ctx.gradients = [g if g is None else g.to(hidden.dtype) for g in (d_hidden, d_matrix, d_bias)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [g if g is None else g.mul_(scale) for g in ctx.gradients]
+        ctx.gradients = None
+        return (*scaled, None, None, None)
+
+
+class _OutputLayer(nn.Module):
+    """Applies a model's output layer and the loss in one.
+
+    The linear layer belongs to the model, not to this module: it is kept out of `named_parameters` here, and ZeRO-3 is
+    told to gather its weight around this module's forward and backward too.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._linear = (linear,)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        return list(self._linear[0].parameters(recurse=False))
+
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        linear = self._linear[0]
+        total: Tensor = _LinearCrossEntropy.apply(
+            hidden, linear.weight, linear.bias, targets, weights, torch.is_grad_enabled()
+        )
+        return total
+
+
+class LanguageModelLoss(nn.Module):
+    """Wraps a causal language model so that its forward pass gives Σ weights · nll of a micro-batch, in float32.
+
+    Args:
+        model: from transformers, or a PEFT model around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = (base,)
+        head = base.get_output_embeddings()
+        self.output = _OutputLayer(head) if type(head) is nn.Linear else None
+        self.fused = self.output is not None
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+            "cu_seq_lens_q": batch.boundaries,
+            "cu_seq_lens_k": batch.boundaries,
+            "max_length_q": batch.longest,
+            "max_length_k": batch.longest,
+        }
+        if self.fused:
+            assert self.output is not None
+            hidden = self._base[0].get_decoder()(**inputs).last_hidden_state
+            total: Tensor = self.output(hidden[0, batch.predicting], batch.targets, batch.weights)
+            return total
+        logits = self.model(**inputs, logits_to_keep=batch.predicting).logits[0].float()
+        return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()

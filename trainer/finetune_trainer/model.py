@@ -1,0 +1,147 @@
+"""Loads the base model from a Hugging Face folder and prepares it for training: adapters, attention, checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from finetune_api.errors import ModelError, SpecError
+from finetune_api.job import FinetuneJobSpec, Lora
+from finetune_trainer import attention
+
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMED: Final = 8       # names shown in an error before "and N more"
+
+
+def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[str, Any]) -> nn.Module:
+    """The model in `path`, in training precision, on the CPU; under ZeRO-3 already sharded over the workers.
+
+    Every worker must call it, with torch's generator seeded alike: adapters are initialised here.
+
+    Raises:
+        ModelError: no causal language model that transformers knows, no safetensors, weights missing or left over.
+        SpecError: `method.lora.targetModules` names a layer that the model does not have.
+    """
+    # transformers looks for this object through a weak reference while it loads, to shard each weight as it is read.
+    zero3 = _announce_zero3(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
+    model = _from_pretrained(Path(path), DTYPES[spec.training.precision])
+    if spec.method.tuning == "lora":
+        model = add_adapters(model, spec.method.lora)
+    del zero3
+    if supports_packed_attention(model):
+        attention.register()
+        _base(model).set_attn_implementation(attention.NAME)
+    if spec.training.activation_checkpointing:
+        _base(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _announce_zero3(config: dict[str, Any]) -> object:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def _from_pretrained(path: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise ModelError(
+            f"the model does not load: {first_line}",
+            where=str(path),
+            hint="give a Hugging Face folder of a causal language model with config.json and safetensors weights",
+        ) from error
+    # transformers only warns and fills what is missing with random numbers.
+    for what, keys in (
+        ("missing from", info["missing_keys"]),
+        ("unexpected in", info["unexpected_keys"]),
+        ("of another shape in", {key[0] for key in info["mismatched_keys"]}),
+    ):
+        if keys:
+            raise ModelError(
+                f"{len(keys)} weights are {what} the checkpoint: {_some(keys)}",
+                where=str(path),
+                hint="the folder's config.json and safetensors files do not belong together; download it again",
+            )
+    return model
+
+
+def add_adapters(model: Any, lora: Lora) -> Any:
+    """Freezes `model` and puts low-rank adapters on its linear layers; they start as zero.
+
+    Raises:
+        SpecError: a name in `target_modules` fits no linear layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    every = lora.target_modules == ["all-linear"]
+    if not every:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        unknown = [t for t in lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
+        if unknown:
+            raise SpecError(
+                f"{unknown[0]!r} names no linear layer of the model",
+                where="spec.method.lora.targetModules",
+                hint=f"its linear layers are {', '.join(sorted({n.rsplit('.', 1)[-1] for n in linear}))}; "
+                "or write all-linear",
+            )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if every else list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    # Adapters stay in the model's precision: DeepSpeed keeps float32 masters of all that is trained.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def supports_packed_attention(model: Any) -> bool:
+    """Whether every attention layer is causal with at most a sliding window, and called through transformers'
+    interface: then `attention.packed_attention` stands in for it."""
+    base = _base(model)
+    text = base.config.get_text_config()
+    return (
+        getattr(base, "_supports_attention_backend", False)
+        and getattr(base, "_supports_sdpa", False)
+        and set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        and getattr(text, "attn_logit_softcapping", None) is None
+    )
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW: matrices with weight decay, norms and biases (at most one dimension) without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(full_shape(p)) > 1]
+    others = [p for p in trainable if len(full_shape(p)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also when ZeRO-3 has left this worker only a shard of it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:_NAMED]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

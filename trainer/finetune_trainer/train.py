@@ -1,0 +1,308 @@
+"""The training loop: the same under Ray, under torchrun, and as one plain process.
+
+    python -m finetune_trainer.train work/run.json
+    torchrun --nproc-per-node 8 -m finetune_trainer.train work/run.json
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import numpy as np
+import torch
+
+from finetune_api.errors import FinetuneError, Interrupted, TrainingError
+from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
+from finetune_trainer import checkpoint, flops, sampling
+from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batches
+from finetune_trainer.clock import StepClock
+from finetune_trainer.dataset import PackedDataset
+from finetune_trainer.distributed import World, join_world
+from finetune_trainer.engine import build_engine, optimizer_step, set_learning_rate
+from finetune_trainer.export import export
+from finetune_trainer.manifest import read_manifest
+from finetune_trainer.reporter import MetricsFile, Reporter
+from finetune_trainer.schedule import learning_rate
+
+_DEFAULT_CHECKPOINT_MINUTES = 10.0
+_SKIPS = 50     # steps in a row that float16's loss scale may take to settle
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and after how many optimizer steps."""
+
+    reason: Literal["complete", "interrupted"]
+    step: int
+
+
+def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Trains the run from its last good checkpoint, or from the start, then writes the export folder.
+
+    Every worker calls it. Uses the process group that is there, torchrun's environment, or this process alone.
+
+    Args:
+        reporter: takes the run's events, on rank 0.
+        should_stop: asked on rank 0 once a step; must be quick. True: write a checkpoint and leave.
+
+    Raises:
+        FinetuneError: the model, the data or the run itself; the same on every worker.
+    """
+    world = join_world()
+    loop = _Loop(run, reporter, world)
+    loop.resume()
+    outcome = loop.run(should_stop)
+    if outcome.reason == "complete":
+        export(loop.engine.module.model, run, Path(run.work) / EXPORT, rank=world.rank)
+    loop.report("end", step=outcome.step, reason=outcome.reason)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What rank 0 wants done after a step, agreed by all workers."""
+
+    stop: bool
+    checkpoint: bool
+
+
+class _Loop:
+    """One worker's state of a run: engine, data, and the number of finished steps."""
+
+    def __init__(self, run: RunConfig, reporter: Reporter, world: World) -> None:
+        prepared, training = Path(run.work) / PREPARED, run.spec.training
+        manifest = read_manifest(prepared)
+        self.run_config, self.spec, self.training = run, run.spec, training
+        self.reporter, self.world = reporter, world
+        self.data = PackedDataset(prepared, "train")
+        self.evaluation_data = PackedDataset(prepared, "evaluation")
+        self.order = sampling.order(training, len(self.data), manifest.sequence_length)
+        self.accumulation = micro_batch_count(self.order.batch, world_size=world.size, size=training.micro_batch)
+        self.engine = build_engine(run.model_path, run.spec, world, self.accumulation)
+        self.flops = flops.TrainingFlops(self.engine.module.model)
+        self.peak_flops = flops.peak_flops(world.device, training.precision)
+        self.clock = StepClock(world.device)
+        self.checkpoints = Path(run.work) / CHECKPOINTS
+        self.adapters_only = run.spec.method.tuning == "lora"
+        self.identity = {"data": manifest.key, "seed": training.seed, "global batch": self.order.batch}
+        self.step = 0
+        self.saved_time = time.monotonic()
+        self.skipped = 0
+
+    def report(self, event: str, **fields: object) -> None:
+        if self.world.rank == 0:
+            self.reporter.event({"event": event, "time": time.time(), **fields})
+
+    def resume(self) -> None:
+        """Loads the newest good checkpoint, if there is any, and says where the run starts. A collective."""
+        found, broken = checkpoint.newest_good(self.checkpoints, self.world)
+        for folder in broken:
+            self.report("warning", message=f"{folder.name} is damaged: going on from the checkpoint before it")
+        if found:
+            checkpoint.load(
+                self.engine, found, self.world, identity=self.identity, trained_only=self.adapters_only
+            )
+            self.step = found.step
+        total, trained = flops.parameters(self.engine.module)
+        self.report(
+            "start",
+            worldSize=self.world.size,
+            device=torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
+            totalSteps=self.order.steps,
+            sequences=len(self.data),
+            parameters=total,
+            trainableParameters=trained,
+            resumedFromStep=found.step if found else None,
+        )
+
+    def run(self, should_stop: Callable[[], bool]) -> Outcome:
+        """Trains to the last step, or until `should_stop`; a checkpoint is there at the end. A collective."""
+        every = self.training.evaluate_every_steps
+        if self.step == 0:
+            self.evaluate()
+        while self.step < self.order.steps:
+            asked = self.train_step(should_stop)
+            last = self.step == self.order.steps
+            if last or (every and self.step % every == 0):
+                self.evaluate()
+            if last or asked.stop or asked.checkpoint:
+                self.save()
+            if asked.stop and not last:
+                return Outcome("interrupted", self.step)
+        return Outcome("complete", self.step)
+
+    def train_step(self, should_stop: Callable[[], bool]) -> _Asked:
+        """One optimizer step over a global batch, and its report. A collective.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite.
+        """
+        started = time.perf_counter()
+        positions = self.order.positions(self.step)
+        target = float(self.data.targets[positions].sum())
+        rate = learning_rate(self.step, self.order.steps, self.training)
+        set_learning_rate(self.engine, rate)
+        self._seed_dropout()
+        self.engine.train()
+        self.clock.start()
+        nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        operations = 0.0
+        for number, batch in enumerate(self._batches(self.data, positions, self.accumulation), 1):
+            operations += self.flops.of(batch.lengths)
+            self.clock.end("data")
+            loss = self.engine(batch)
+            nll += loss.detach()
+            self.clock.end("forward")
+            # The engine takes the mean of the workers' gradients; the loss is over the tokens of all of them.
+            self.engine.backward(loss * (self.world.size / target), scale_wrt_gas=False)
+            self.clock.end("backward")
+            if number < self.accumulation:
+                self.engine.step()      # only counts the micro-batch: the update comes with the last one
+        total, work, stop, due = self.world.sums([nll.item(), operations, *self._wishes(should_stop)])
+        if not math.isfinite(total):
+            raise self._diverged("the loss", positions)
+        norm = optimizer_step(self.engine)
+        self.clock.end("optimizer")
+        self._check_norm(norm, positions)
+        self.step += 1
+        parts = self.clock.seconds()
+        seconds = time.perf_counter() - started
+        tokens = int(self.data.lengths[positions].sum())
+        self.report(
+            "step",
+            step=self.step,
+            epoch=self.order.epoch(self.step),
+            loss=total / target,
+            learningRate=rate,
+            gradNorm=norm if math.isfinite(norm) else None,
+            tokens=tokens,
+            targetTokens=target,
+            seconds=seconds,
+            parts=parts,
+            tokensPerSecond=tokens / seconds,
+            mfu=work / seconds / self.world.size / self.peak_flops if self.peak_flops else None,
+            memoryBytes=_peak_memory(self.world.device),
+        )
+        return _Asked(stop=stop > 0, checkpoint=due > 0)
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Reports the loss over the evaluation split, if there is one: Σ weights·nll / Σ weights. A collective."""
+        if not len(self.evaluation_data):
+            return
+        started = time.perf_counter()
+        self.engine.eval()
+        positions = np.arange(len(self.evaluation_data))
+        count = micro_batch_count(len(positions), world_size=self.world.size, size=self.training.micro_batch)
+        nll = sum(float(self.engine(batch)) for batch in self._batches(self.evaluation_data, positions, count))
+        weights = float(self.evaluation_data.targets.sum())
+        self.report(
+            "evaluation",
+            step=self.step,
+            loss=self.world.sums([nll])[0] / weights,
+            tokens=weights,
+            seconds=time.perf_counter() - started,
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint and drops old ones. A collective."""
+        started = time.monotonic()
+        written = checkpoint.save(
+            self.engine,
+            self.checkpoints,
+            self.world,
+            step=self.step,
+            identity=self.identity,
+            trained_only=self.adapters_only,
+        )
+        if self.world.rank == 0:
+            checkpoint.prune(self.checkpoints, self.spec.checkpoint.keep)
+        self.saved_time = time.monotonic()
+        self.report("checkpoint", step=self.step, seconds=self.saved_time - started, bytes=written.bytes)
+
+    def _batches(self, data: PackedDataset, positions: sampling.Positions, count: int) -> Iterator[MicroBatch]:
+        size = self.training.micro_batch
+        found = micro_batches(
+            data, positions, rank=self.world.rank, world_size=self.world.size, size=size, count=count
+        )
+        return (batch.to(self.world.device) for batch in found)
+
+    def _seed_dropout(self) -> None:
+        """Makes dropout a function of seed, step and rank, so that a restart needs no generator's state."""
+        words = np.random.SeedSequence([self.training.seed, self.step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]))
+
+    def _wishes(self, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
+        """What rank 0 wants after this step, and no other: to stop, to write a checkpoint."""
+        if self.world.rank:
+            return False, False
+        wanted = self.spec.checkpoint
+        minutes = wanted.every_minutes or (None if wanted.every_steps else _DEFAULT_CHECKPOINT_MINUTES)
+        due = bool(wanted.every_steps) and (self.step + 1) % (wanted.every_steps or 1) == 0
+        due = due or (minutes is not None and time.monotonic() - self.saved_time >= minutes * 60)
+        return should_stop(), due
+
+    def _check_norm(self, norm: float, positions: sampling.Positions) -> None:
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        # In float16 the engine skips such a step and lowers its loss scale.
+        if self.skipped > (_SKIPS if self.training.precision == "fp16" else 0):
+            raise self._diverged("the gradient", positions)
+
+    def _diverged(self, what: str, positions: sampling.Positions) -> TrainingError:
+        shown = ", ".join(str(p) for p in positions[:16]) + (" …" if len(positions) > 16 else "")
+        return TrainingError(
+            f"{what} of step {self.step + 1} is not finite; training sequences of its batch: {shown}",
+            where=str(Path(self.run_config.work) / METRICS_FILE),
+            hint="lower training.learningRate, raise warmup, or use precision bf16 or fp32; "
+            "the last checkpoint is from before it",
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU's memory by torch, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(path: str) -> int:
+    """Trains the run in a run.json under torchrun or in this process; the exit code."""
+    run = RunConfig.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    stop = _stop_on_signals()
+    try:
+        with MetricsFile(Path(run.work) / METRICS_FILE) as metrics:
+            outcome = train(run, metrics, should_stop=stop)
+        if outcome.reason == "interrupted":
+            raise Interrupted(
+                f"stopped after step {outcome.step}; a checkpoint was written", hint="the same command goes on from it"
+            )
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """A flag that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
+    received = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(received)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
