@@ -1,0 +1,69 @@
+# Two commands are enough for a newcomer: `make quickstart` and `make test`. Both install what they need.
+
+MAKEFLAGS += --no-print-directory
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The first Python on the PATH that will do; scripts/setup.py says what is wrong when there is none.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && exit; \
+	done; echo python3)
+BIN := .venv/bin
+QUICKSTART := examples/01-quickstart
+
+.PHONY: help
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: quickstart
+quickstart: setup ## Set up, then finetune a small real model and report what changed
+	$(BIN)/python $(QUICKSTART)/make_model.py $(QUICKSTART)/model
+	$(BIN)/python $(QUICKSTART)/make_data.py $(QUICKSTART)/data
+	$(BIN)/finetune run $(QUICKSTART)/job.yaml
+
+.PHONY: test
+test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
+	$(BIN)/pytest --durations=15 $(ARGS)
+
+.PHONY: setup
+setup: ## Install the locked environment into .venv (ACCELERATOR=cuda or cpu overrules what is found)
+	@$(PYTHON) scripts/setup.py
+
+.PHONY: setup-tests
+setup-tests:
+	@$(PYTHON) scripts/setup.py --tests
+
+.PHONY: tools
+tools: setup ## Build the servers that tests use
+	@$(PYTHON) tests/tools/build.py
+
+.PHONY: verify
+verify: lint ## Check style, types, import arrows and that generated files are current
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m finetune_api.crd .cache/generated/crds
+	diff -r manifests/crds .cache/generated/crds    # differs? run `make generate`
+
+.PHONY: lint
+lint: setup ## Check style only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: setup ## Put the code into the one style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: generate
+generate: setup ## Write the files that are made from the models
+	$(BIN)/python -m finetune_api.crd manifests/crds
+
+.PHONY: bench
+bench: setup ## Measure training on this machine's CPU against TRL
+	$(BIN)/python benchmarks/train_cpu.py
+
+.PHONY: clean
+clean: ## Remove everything that these targets made
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis runs
+	rm -rf $(QUICKSTART)/data $(QUICKSTART)/model

@@ -1,0 +1,16 @@
+"""The environment that every test and the processes it starts share: no hub, no telemetry, no GPU by accident."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the libraries that read these.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Several workers share a few cores: more threads each would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
