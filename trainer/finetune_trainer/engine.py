@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
     Args:
         accumulation: micro-batches of one worker in each optimizer step.
     """
+    _silence()
     deepspeed = _import_deepspeed(world)
     config = deepspeed_config(
         spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda"
     )
-    torch.manual_seed(spec.training.seed)
     loss = LanguageModelLoss(load_model(model_path, spec, config))
     if loss.output is not None and config["zero_optimization"]["stage"] == 3:
         for parameter in loss.output.external_parameters():
@@ -58,6 +60,16 @@ def _adamw(groups: list[dict[str, Any]], training: Training) -> torch.optim.Opti
         eps=training.epsilon,
         fused=True,
     )
+
+
+def _silence() -> None:
+    """Keeps the libraries' warnings and progress bars off the terminal: what matters to users is an error or event."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|deepspeed|peft)\b")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def _import_deepspeed(world: World) -> Any:

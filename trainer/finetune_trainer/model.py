@@ -19,7 +19,7 @@ _NAMED: Final = 8       # names shown in an error before "and N more"
 def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[str, Any]) -> nn.Module:
     """The model in `path`, in training precision, on the CPU; under ZeRO-3 already sharded over the workers.
 
-    Every worker must call it, with torch's generator seeded alike: adapters are initialised here.
+    Every worker must call it. Adapters start from the job's seed.
 
     Raises:
         ModelError: no causal language model that transformers knows, no safetensors, weights missing or left over.
@@ -29,6 +29,7 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
     zero3 = _announce_zero3(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     model = _from_pretrained(Path(path), DTYPES[spec.training.precision])
     if spec.method.tuning == "lora":
+        torch.manual_seed(spec.training.seed)
         model = add_adapters(model, spec.method.lora)
     del zero3
     if supports_packed_attention(model):

@@ -62,7 +62,7 @@ def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool]
     loop.resume()
     outcome = loop.run(should_stop)
     if outcome.reason == "complete":
-        export(loop.engine.module.model, run, Path(run.work) / EXPORT, rank=world.rank)
+        export(loop.engine.module.model, run, Path(run.work) / EXPORT, world)
     loop.report("end", step=outcome.step, reason=outcome.reason)
     return outcome
 
