@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.fs as pafs
+
 from finetune_api.errors import Interrupted, SpecError, StorageError
 from finetune_api.files import load_job
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.run import CHECKPOINTS, METRICS_FILE, RUN_FILE, RunConfig
-
 from finetune_trainer import storage
 from finetune_trainer.finish import Price, Result, finish
-from finetune_trainer.manifest import Manifest
+from finetune_trainer.manifest import Manifest, write_json
 from finetune_trainer.prepare import prepare
 from finetune_trainer.progress import Display, TrainingStatus, count
 from finetune_trainer.ray_adapter import train_with_ray
@@ -42,10 +43,10 @@ def open_run(file: Path, work: Path | None, *, fresh: bool) -> Iterator[RunConfi
     job = load_job(file)
     work = (work or Path("runs") / job.metadata.name).resolve()
     base_dir = file.parent.resolve()
-    model = storage.local_folder(job.spec.model.source, base_dir)
     with _locked(work):
         if fresh:
             _empty(work)
+        model = _model_folder(job.spec.model.source, base_dir, work)
         run = RunConfig(
             name=job.metadata.name,
             uid=_uid(job.spec, work),
@@ -54,7 +55,7 @@ def open_run(file: Path, work: Path | None, *, fresh: bool) -> Iterator[RunConfi
             model_path=str(model),
             work=str(work),
         )
-        storage.write_atomically(work / RUN_FILE, run.model_dump_json(indent=2))
+        write_json(work / RUN_FILE, run.model_dump(mode="json"))
         yield run
 
 
@@ -68,7 +69,7 @@ def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bo
             stage.update(what, done, total)
 
         manifest = prepare(run, progress)
-        train = manifest.splits["train"]
+        train = manifest.splits.train
         stage.summary = (
             f"{count(train.documents)} documents, {count(train.tokens)} tokens in {count(train.sequences)} sequences"
         )
@@ -107,6 +108,21 @@ def finish_stage(run: RunConfig, price: Price | None, display: Display, should_s
         result = finish(run, seconds=display.seconds, price=price, progress=progress)
         stage.summary = "weights published, report written"
     return result
+
+
+def _model_folder(source: str, base_dir: Path, work: Path) -> Path:
+    """The base model's folder on this machine: where it is, or a copy in the run folder."""
+    where = "spec.model.source"
+    location = storage.resolve(source, base_dir, where=where)
+    if location.local:
+        return location.local
+    copy = work / "model"
+    if not copy.exists():
+        partial = work / "model.partial"
+        with storage.explained(where):
+            pafs.copy_files(location.path, str(partial), source_filesystem=location.fs)
+        partial.rename(copy)
+    return copy
 
 
 def _uid(spec: FinetuneJobSpec, work: Path) -> str:

@@ -44,7 +44,7 @@ class TrainingStatus:
         """Takes one event in; the line to show."""
         match event["event"]:
             case "start":
-                self.step, self.total = event["resumedFromStep"], event["totalSteps"]
+                self.step, self.total = event["resumedFromStep"] or 0, event["totalSteps"]
                 resumed = f", from step {self.step}" if self.step else ""
                 self._line = (
                     f"{event['worldSize']} × {event['device']}, {count(event['parameters'])} parameters, "

@@ -20,13 +20,14 @@ from typing import Any
 
 from finetune_api.errors import FinetuneError, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
-
 from finetune_trainer.reporter import Event
 
 # Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
 if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A worker may have to wait for a node and for an image of many gigabytes.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 
 import ray
 from ray.actor import ActorHandle
@@ -36,7 +37,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 _POLL_SECONDS = 0.3
-_STARTUP_TIMEOUT_SECONDS = 1800  # a worker may have to wait for an image of many gigabytes
 
 
 class Progress:
