@@ -8,11 +8,12 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
+from finetune_api import patterns
+
 GROUP: Final = "finetune.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
 
-_DURATION = r"^([0-9]{1,6}d)?([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$"
 _UNIT_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 
@@ -41,7 +42,7 @@ def parse_duration(text: str) -> int:
     Raises:
         ValueError: the text is empty or not a duration.
     """
-    if not text or not re.fullmatch(_DURATION, text):
+    if not text or not re.fullmatch(patterns.DURATION, text):
         raise ValueError(f"{text!r} is not a duration; write for example 90s, 30m, 1h30m or 2d")
     return sum(int(n) * _UNIT_SECONDS[unit] for n, unit in re.findall(r"([0-9]+)([dhms])", text))
 
@@ -51,24 +52,17 @@ def _checked_duration(text: str) -> str:
     return text
 
 
-# Patterns stand in the CRDs too, so they are what Rust's and Go's regular expressions both understand.
-# No control character: nothing that could break a log line or drive a terminal.
-_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
-_TIMESTAMP = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$"
-
 Duration = Annotated[
-    str, StringConstraints(min_length=2, max_length=32, pattern=_DURATION), AfterValidator(_checked_duration)
+    str, StringConstraints(min_length=2, max_length=32, pattern=patterns.DURATION), AfterValidator(_checked_duration)
 ]
-ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=_PRINTABLE)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=patterns.PRINTABLE)]
 Sentence = Annotated[str, StringConstraints(max_length=1024)]
 LongText = Annotated[str, StringConstraints(min_length=1, max_length=8192)]
-ResourceName = Annotated[
-    str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
-]
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x20\x7f-\x9f]+$")]
-Sha256 = Annotated[str, StringConstraints(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}$")]
+ResourceName = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=patterns.NAME)]
+Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=patterns.ADDRESS)]
+Sha256 = Annotated[str, StringConstraints(min_length=64, max_length=64, pattern=patterns.SHA256)]
 Timestamp = Annotated[
-    str, StringConstraints(max_length=40, pattern=_TIMESTAMP), Field(json_schema_extra={"format": "date-time"})
+    str, StringConstraints(max_length=40, pattern=patterns.TIMESTAMP), Field(json_schema_extra={"format": "date-time"})
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveCount = Annotated[int, Field(ge=1, le=1_000_000_000)]

@@ -183,10 +183,9 @@ def schema(kind: Kind) -> Schema:
     if kind is JOB:
         _declare_refused_keys(_at(whole, "spec.deepspeed.config"))
         for part in IMMUTABLE:
-            rule = {"rule": "self == oldSelf", "message": IMMUTABLE_MESSAGE}
-            _at(whole, f"spec.{part}").setdefault("x-kubernetes-validations", []).append(rule)
+            _add_rule(whole, f"spec.{part}", {"rule": "self == oldSelf", "message": IMMUTABLE_MESSAGE})
     for rule in kind.rules:
-        _at(whole, rule.at).setdefault("x-kubernetes-validations", []).append(rule.validation())
+        _add_rule(whole, rule.at, rule.validation())
     return whole
 
 
@@ -213,7 +212,7 @@ def _structural(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
     """One node of Pydantic's JSON schema as a node of a structural schema."""
     if "$ref" in node:
         node = definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
-    if "anyOf" in node:     # Optional: an absent field, never null
+    if "anyOf" in node:  # Optional: an absent field, never null
         (some,) = (option for option in node["anyOf"] if option != {"type": "null"})
         outer = {k: v for k, v in node.items() if k != "anyOf" and not (k == "default" and v is None)}
         return _structural(some | outer, definitions)
@@ -254,7 +253,7 @@ def _object(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
     values = node.get("additionalProperties")
     if values is None:
         (values,) = node["patternProperties"].values()
-    if not values:      # any value: raw keys of another program
+    if not values:  # any value: raw keys of another program
         return {"x-kubernetes-preserve-unknown-fields": True}
     result: Schema = {"additionalProperties": _structural(values, definitions)}
     keys = node["propertyNames"]
@@ -279,6 +278,10 @@ def _declare_refused_keys(config: Schema) -> None:
         if refused.type == "object":
             leaf["x-kubernetes-preserve-unknown-fields"] = True
         node.setdefault("properties", {})[last] = leaf
+
+
+def _add_rule(whole: Schema, path: str, entry: dict[str, str]) -> None:
+    _at(whole, path).setdefault("x-kubernetes-validations", []).append(entry)
 
 
 def _at(whole: Schema, path: str) -> Schema:

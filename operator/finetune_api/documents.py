@@ -35,7 +35,7 @@ _INTEGER: Final = re.compile(r"[-+]?(0[xX][0-9a-fA-F]{1,16}|0[oO]?[0-7]{1,22}|0[
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Mark:
     """A place in a file; both count from 1."""
 
@@ -74,7 +74,7 @@ class _Node:
     mark: Mark
     scalar: object = None
     items: list[_Node] | None = None
-    pairs: list[tuple[str, _Node, Mark]] | None = None      # key, value, and where the key stands
+    pairs: list[tuple[str, _Node, Mark]] | None = None  # key, value, and where the key stands
 
 
 class _Refused(Exception):
@@ -108,7 +108,7 @@ def read_documents(text: str) -> tuple[list[Document], Complaint | None]:
 
 
 def _compose(event: yaml.Event, events: Iterator[yaml.Event], anchors: dict[str, _Node], depth: int) -> _Node:
-    mark = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+    mark = _start(event)
     if depth > MAX_DEPTH:
         raise _Refused(mark, f"values are nested deeper than {MAX_DEPTH} levels")
     if isinstance(event, yaml.AliasEvent):
@@ -125,15 +125,14 @@ def _compose(event: yaml.Event, events: Iterator[yaml.Event], anchors: dict[str,
     else:
         node.pairs = []
         while not isinstance(key := next(events), yaml.MappingEndEvent):
-            key_mark = Mark(key.start_mark.line + 1, key.start_mark.column + 1)
+            key_mark = _start(key)
             if not isinstance(key, yaml.ScalarEvent):
                 raise _Refused(key_mark, "a key must be plain text, not a list, a mapping or an alias")
             if key.value == "<<" and key.implicit[0]:
                 raise _Refused(key_mark, "merge keys (<<) are not supported", "write the fields out")
             node.pairs.append((key.value, _compose(next(events), events, anchors, depth + 1), key_mark))
-    anchor: str | None = event.anchor
-    if anchor is not None:
-        anchors[anchor] = node      # only now: a value that contains itself has no end
+    if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+        anchors[event.anchor] = node  # only now: a value that contains itself has no end
     return node
 
 
@@ -178,6 +177,9 @@ class _Builder:
             return values
         if node.pairs is not None:
             return self._mapping(node.pairs, path)
+        if isinstance(node.scalar, float) and not math.isfinite(node.scalar):
+            self.document.complaints.append(Complaint(node.mark, path, "must be a finite number"))
+            return None  # JSON has no such number, and neither has the API server
         return node.scalar
 
     def _mapping(self, pairs: list[tuple[str, _Node, Mark]], path: Path) -> dict[str, object]:
@@ -193,6 +195,11 @@ class _Builder:
             self.document.marks[here] = mark
             values[key] = self.build(node, here)
         return values
+
+
+def _start(event: yaml.Event) -> Mark:
+    assert event.start_mark is not None
+    return Mark(event.start_mark.line + 1, event.start_mark.column + 1)
 
 
 def _syntax_error(error: yaml.MarkedYAMLError) -> Complaint:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
+from finetune_api import patterns
 from finetune_api.base import Duration, Fraction, LongText, Model, PositiveCount, ResourceName, ShortText, Uri
 
 Objective = Literal["sft", "pretrain", "dpo"]
@@ -162,7 +163,7 @@ class Offload(Model):
 
 def _not_a_boolean(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("must be auto, 0, 1, 2 or 3")      # a Literal takes True for 1; the API server does not
+        raise ValueError("must be auto, 0, 1, 2 or 3")  # a Literal takes True for 1; the API server does not
     return value
 
 
@@ -273,8 +274,8 @@ class ObjectMeta(Model):
 
     model_config = Model.model_config | {"extra": "allow"}
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=47, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")] = (
-        Field(description="Name of the job; at most 47 characters, since children carry it (KubeRay's limit).")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=47, pattern=patterns.JOB_NAME)] = Field(
+        description="Name of the job; at most 47 characters, since children carry it (KubeRay's limit)."
     )
     namespace: ResourceName | None = Field(None, description="Namespace.")
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from finetune_api.deepspeed_keys import REFUSED_KEYS, RefusedKey
 
 Path = tuple[str | int, ...]
-Value = Any     # a value of a JSON document
+Value = Any  # a value of a JSON document
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def _overlap(read: Path, wrong: Path) -> bool:
 # Addresses. The expressions are the same text in RE2 and in Python.
 
 _SCHEME: Final = r"^[A-Za-z][A-Za-z0-9+.-]*:"
-_SCHEMES: Final = r"^(s3|gs|abfs)://[^/]+|^file:///"
+_SCHEMES: Final = r"^(s3|gs|abfs|abfss)://[^/]+|^file:///"
 _MODEL_SCHEMES: Final = (
-    r"^(s3|gs|abfs)://[^/]+|^file:///|^pvc://[a-z0-9][-a-z0-9.]*(/|$)"
+    r"^(s3|gs|abfs|abfss)://[^/]+|^file:///|^pvc://[a-z0-9][-a-z0-9.]*(/|$)"
     r"|^hf://[A-Za-z0-9][-A-Za-z0-9_.]*/[A-Za-z0-9][-A-Za-z0-9_.]*(@[-A-Za-z0-9_./]+)?$"
 )
-_CREDENTIALS: Final = r"://[^/]*:[^/]*@"
+_CREDENTIALS: Final = r"://[^@]*:[^@]*@|^(s3|gs)://[^/]*@"
 _UPWARDS: Final = r"(^|/|%2[fF])(\.|%2[eE])(\.|%2[eE])(/|%2[fF]|$)"
 
 
@@ -245,10 +245,12 @@ JOB_RULES: Final[tuple[Rule, ...]] = (
         " && (!has(self.data.evaluation) || self.data.evaluation.all(source, source.uri != self.output.uri))",
         "the output would overwrite the job's own model or rows",
         "choose another folder",
-        lambda spec: spec["output"]["uri"]
-        not in (
-            spec["model"]["source"],
-            *(source["uri"] for source in [*spec["data"]["train"], *spec["data"].get("evaluation", [])]),
+        lambda spec: (
+            spec["output"]["uri"]
+            not in (
+                spec["model"]["source"],
+                *(source["uri"] for source in [*spec["data"]["train"], *spec["data"].get("evaluation", [])]),
+            )
         ),
     ),
     Rule(

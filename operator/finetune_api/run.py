@@ -10,12 +10,12 @@ from finetune_api.base import Model, ShortText, Uri
 from finetune_api.job import FinetuneJobSpec
 
 RUN_FILE: Final = "run.json"
-PREPARED: Final = "prepared"            # manifest.json, data-report.json, *.arrow
-CHECKPOINTS: Final = "checkpoints"      # step-00000120/
-EXPORT: Final = "export"                # model/, or adapter/ and merged/
-METRICS_FILE: Final = "metrics.jsonl"   # one event a line
-ERROR_LOG: Final = "error.log"          # tracebacks of an unexpected failure
-RESULT_FILE: Final = "result.json"      # written last
+PREPARED: Final = "prepared"  # manifest.json, data-report.json, *.arrow
+CHECKPOINTS: Final = "checkpoints"  # step-00000120/
+EXPORT: Final = "export"  # model/, or adapter/ and merged/
+METRICS_FILE: Final = "metrics.jsonl"  # one event a line
+ERROR_LOG: Final = "error.log"  # tracebacks of an unexpected failure
+RESULT_FILE: Final = "result.json"  # written last
 
 
 class RunConfig(Model):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from finetune_api import patterns
 from finetune_api.base import Count, Duration, Model, ResourceName, ShortText
 from finetune_api.status import Condition
 
@@ -14,28 +15,22 @@ LabelKey = Annotated[
     StringConstraints(
         min_length=1,
         max_length=317,
-        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        pattern=patterns.LABEL_KEY,
     ),
 ]
-LabelValue = Annotated[
-    str, StringConstraints(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")
-]
+LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=patterns.LABEL_VALUE)]
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
-Annotations = Annotated[
-    dict[LabelKey, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)
-]
+Annotations = Annotated[dict[LabelKey, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
 # An image, with a registry or without; a tag or digest is what makes a run repeatable, but is not forced.
-Image = Annotated[
-    str, StringConstraints(min_length=1, max_length=512, pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")
-]
-MemorySize = Annotated[str, StringConstraints(max_length=16, pattern=r"^[1-9][0-9]{0,5}(Mi|Gi)$")]
+Image = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=patterns.IMAGE)]
+MemorySize = Annotated[str, StringConstraints(max_length=16, pattern=patterns.MEMORY_SIZE)]
 Cidr = Annotated[
     str,
-    StringConstraints(min_length=4, max_length=43, pattern=r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-fA-F:]+)/[0-9]{1,3}$"),
+    StringConstraints(min_length=4, max_length=43, pattern=patterns.CIDR),
 ]
 Endpoint = Annotated[
     str,
-    StringConstraints(max_length=512, pattern=r"^https?://[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{1,5})?$"),
+    StringConstraints(max_length=512, pattern=patterns.ENDPOINT),
 ]
 
 
@@ -57,7 +52,7 @@ class Accelerator(Model):
     price_per_hour: float | None = Field(
         None, ge=0, le=1_000_000, description="Price of one device for an hour. Without it no cost is shown."
     )
-    currency: Annotated[str, StringConstraints(min_length=3, max_length=3, pattern=r"^[A-Z]{3}$")] = Field(
+    currency: Annotated[str, StringConstraints(min_length=3, max_length=3, pattern=patterns.CURRENCY)] = Field(
         "USD", description="ISO 4217 code of the price's currency."
     )
 
@@ -65,15 +60,9 @@ class Accelerator(Model):
 class Resources(Model):
     """Host resources of the pods."""
 
-    memory_per_cpu: MemorySize = Field(
-        "4Gi", description="Memory that a pod asks for, for each CPU core."
-    )
-    shared_memory: MemorySize = Field(
-        "8Gi", description="Size of /dev/shm in a worker; part of its memory."
-    )
-    scratch: MemorySize = Field(
-        "100Gi", description="Local disk of a pod for model, shards and checkpoints."
-    )
+    memory_per_cpu: MemorySize = Field("4Gi", description="Memory that a pod asks for, for each CPU core.")
+    shared_memory: MemorySize = Field("8Gi", description="Size of /dev/shm in a worker; part of its memory.")
+    scratch: MemorySize = Field("100Gi", description="Local disk of a pod for model, shards and checkpoints.")
     prepare_cpus: float = Field(4, gt=0, le=256, description="CPU cores of the pod that prepares data.")
 
 
@@ -95,7 +84,7 @@ class ConfigMapKey(Model):
     """One key of a ConfigMap in the operator's namespace."""
 
     name: ResourceName = Field(description="Name of the ConfigMap.")
-    key: Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")] = Field(
+    key: Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=patterns.FILE_KEY)] = Field(
         "ca.crt", description="Key in it."
     )
 
@@ -114,8 +103,8 @@ class Storage(Model):
         "GOOGLE_APPLICATION_CREDENTIALS_JSON. Absent: the pods' own identity.",
     )
     ca_bundle: ConfigMapKey | None = Field(None, description="Certificates (PEM) that the endpoint is checked with.")
-    work_uri: Annotated[str, StringConstraints(max_length=1024, pattern=r"^(s3|gs|abfs)://[^\x00-\x20\x7f]+$")] | None = (
-        Field(None, description="Prefix for shards and checkpoints. Absent: `.finetune/` under the job's output.")
+    work_uri: Annotated[str, StringConstraints(max_length=1024, pattern=patterns.BUCKET_ADDRESS)] | None = Field(
+        None, description="Prefix for shards and checkpoints. Absent: `.finetune/` under the job's output."
     )
 
 
@@ -182,7 +171,8 @@ class FinetuneRuntimeSpec(Model):
     )
     network_policy: NetworkPolicy = Field(default_factory=NetworkPolicy, description="What pods may reach.")
     service_account_name: ResourceName | None = Field(
-        None, description="Service account of the pods, in the job's namespace, for storage identity. No token is mounted."
+        None,
+        description="Service account of the pods, in the job's namespace, for storage identity; no token is mounted.",
     )
     queue_name: ResourceName | None = Field(None, description="Kueue LocalQueue that jobs are queued in.")
     priority_class_name: ResourceName | None = Field(None, description="Priority class of the pods.")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from finetune_api import patterns
 from finetune_api.base import (
     Count,
     Measure,
@@ -40,9 +41,7 @@ FailureReason = Literal[
 ]
 Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Attempt = Annotated[int, Field(ge=0, le=100_000)]
-ReasonWord = Annotated[
-    str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
-]
+ReasonWord = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=patterns.REASON)]
 
 
 class Condition(Model):
@@ -53,8 +52,7 @@ class Condition(Model):
         StringConstraints(
             min_length=1,
             max_length=316,
-            pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
-            r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])$",
+            pattern=patterns.CONDITION_TYPE,
         ),
     ] = Field(description="Valid, Prepared, Complete or Failed; the last two are terminal and never change back.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
@@ -154,7 +152,7 @@ class Result(Model):
     """What came out."""
 
     uri: Uri = Field(description="Folder with the weights. With a missed gate: where they are kept aside.")
-    base_model_sha: Annotated[str, StringConstraints(min_length=7, max_length=64, pattern=r"^[0-9a-f]+$")] | None = (
+    base_model_sha: Annotated[str, StringConstraints(min_length=7, max_length=64, pattern=patterns.COMMIT)] | None = (
         Field(None, description="Commit of the base model's revision, or SHA-256 over its files.")
     )
     manifest_sha256: Sha256 | None = Field(None, description="SHA-256 of the prepared data's manifest.")
