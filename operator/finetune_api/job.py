@@ -135,7 +135,7 @@ class Training(Model):
     sequences_per_batch: int | None = Field(
         None, ge=1, le=1_000_000, description="Global batch in sequences (packed rows). Default 16."
     )
-    micro_batch: int = Field(1, ge=1, le=4096, description="Sequences per forward pass on one worker.")
+    micro_batch: int = Field(1, ge=1, le=4096, description="Sequences per forward pass of one process.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     schedule: Schedule = Field("cosine", description="Shape after warm-up; wsd is warm-up, stable, decay.")
     warmup: float = Field(0.03, ge=0, le=1_000_000, description="Steps when 1 or more, else a fraction of all steps.")
@@ -174,19 +174,23 @@ class DeepSpeed(Model):
         "auto", description="ZeRO stage: 0 none, 1 optimizer states, 2 and gradients, 3 and parameters are sharded."
     )
     offload: Offload = Field(default_factory=Offload, description="Offload to host memory.")
-    sequence_parallel: int = Field(1, ge=1, le=256, description="Workers that share one sequence (Ulysses).")
+    sequence_parallel: int = Field(1, ge=1, le=256, description="Processes that share one sequence (Ulysses).")
     config: dict[ShortText, Any] = Field(
-        default_factory=dict, max_length=64, description="Raw DeepSpeed keys, merged last; checked at admission."
+        default_factory=dict,
+        max_length=64,
+        description="Raw DeepSpeed keys, merged last. Removed ones, and those that the job's fields set, are refused.",
     )
 
 
 class Workers(Model):
     """The Ray workers that train."""
 
-    count: int = Field(1, ge=1, le=4096, description="Workers, one process each per GPU (or per CPU share).")
+    count: int = Field(
+        1, ge=1, le=4096, description="Worker pods. Each runs one process per GPU, or a single one on CPUs."
+    )
     min: int | None = Field(None, ge=1, le=4096, description="Fewest workers to go on with (elastic).")
     gpus_each: int = Field(0, ge=0, le=16, description="GPUs of each worker pod; 0 trains on CPUs.")
-    cpus_each: float = Field(1, gt=0, le=1024, description="CPU cores of each worker.")
+    cpus_each: float = Field(1, gt=0, le=1024, description="CPU cores of each process.")
 
 
 class Checkpoint(Model):
@@ -254,17 +258,21 @@ class Limits(Model):
 class FinetuneJobSpec(Model):
     """What to finetune, on which rows, how, and where the weights go."""
 
-    runtime_ref: RuntimeRef | None = Field(None, description="The admin's runtime to run on.")
-    model: ModelSource = Field(description="Base model.")
-    method: Method = Field(default_factory=Method, description="Objective and kind of tuning.")
-    data: Data = Field(description="Rows.")
-    training: Training = Field(default_factory=Training, description="Optimisation.")
-    deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="DeepSpeed's engine.")
-    workers: Workers = Field(default_factory=Workers, description="Workers.")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Checkpoints.")
-    output: Output = Field(description="Weights and report.")
-    evaluation: Evaluation = Field(default_factory=Evaluation, description="Evaluation at the end.")
-    limits: Limits = Field(default_factory=Limits, description="Retries, deadline and cost.")
+    runtime_ref: RuntimeRef | None = Field(None, description="The runtime to run on, which the admin provides.")
+    model: ModelSource = Field(description="The base model.")
+    method: Method = Field(default_factory=Method, description="What is learned, and which weights are trained.")
+    data: Data = Field(description="The rows, and how they become token sequences.")
+    training: Training = Field(default_factory=Training, description="Length, batch, learning rate and precision.")
+    deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="How DeepSpeed shares the model among workers.")
+    workers: Workers = Field(default_factory=Workers, description="How many workers, and what each of them has.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="How often the state is kept for a restart.")
+    output: Output = Field(description="Where weights and report go.")
+    evaluation: Evaluation = Field(
+        default_factory=Evaluation, description="What is measured at the end, and what it must reach."
+    )
+    limits: Limits = Field(
+        default_factory=Limits, description="The most attempts, time and money that the job may take."
+    )
     suspend: bool = Field(False, description="Checkpoint, free the GPUs and wait.")
     ttl_after_finished: Duration | None = Field(None, description="Delete the job this long after its end.")
 

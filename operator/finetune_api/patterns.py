@@ -33,7 +33,7 @@ CONDITION_TYPE: Final = (
 WORDS: Final[dict[str, str]] = {
     DURATION: "must be a duration such as 90s, 30m, 1h30m or 2d",
     PRINTABLE: "must be one line without control characters",
-    ADDRESS: "must be an address without spaces or control characters; write a space as %20",
+    ADDRESS: "must be an address without spaces or control characters",
     BUCKET_ADDRESS: "must be an address in a bucket, such as s3://BUCKET/KEY",
     NAME: "must be lower-case letters, digits and -, with a letter or digit at both ends",
     JOB_NAME: "must be lower-case letters, digits and -, with a letter first and a letter or digit last",

@@ -53,7 +53,7 @@ class TrainingResult(Model):
     steps: int = Field(description="Finished optimizer steps.")
     epochs: float = Field(description="Passes over the training sequences.")
     world_size: int = Field(description="Workers.")
-    device: str = Field(description="Kind of device the workers ran on.")
+    device: str = Field(description="What each worker ran on: cpu, or the GPU's name.")
     parameters: int = Field(description="Weights of the model.")
     trainable_parameters: int = Field(description="Weights that were trained.")
     tokens: int = Field(description="Tokens that went through the model, no padding.")
@@ -96,11 +96,10 @@ class ExportResult(Model):
 class Cost(Model):
     """What the run cost."""
 
-    amount: float = Field(description="pricePerHour × devices × hours.")
-    currency: str = Field(description="Currency, such as USD.")
-    price_per_hour: float = Field(description="Price of one device for an hour.")
-    devices: int = Field(description="GPUs, or workers on CPUs.")
-    hours: float = Field(description="Hours from the start of training to the last answer.")
+    amount: float = Field(description="pricePerHour × hours.")
+    currency: str = Field(description="ISO 4217 code, such as USD.")
+    price_per_hour: float = Field(description="Price of all workers together for an hour.")
+    hours: float = Field(description="Hours in which the workers were held: from their start to the export.")
 
 
 class Verdict(Model):

@@ -14,6 +14,7 @@ from typing import Any, Final
 from finetune_api.deepspeed_keys import REFUSED_KEYS, RefusedKey
 
 Path = tuple[str | int, ...]
+RAW_KEYS: Final = "spec.deepspeed.config"
 Value = Any  # a value of a JSON document
 
 
@@ -171,7 +172,7 @@ def _deepspeed_rule(refused: RefusedKey) -> Rule:
         return False
 
     return Rule(
-        "spec.deepspeed.config",
+        RAW_KEYS,
         (refused.key,),
         " || ".join(f"!has(self.{way})" for way in ways),
         f"the raw key {refused.key} {refused.why}",
