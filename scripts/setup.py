@@ -177,8 +177,12 @@ def sync(uv: Path, *, without_cuda: bool) -> None:
     if quiet:
         command.append("--quiet")
     say(f"installing the locked packages into {VENV.name}: {'0.9' if without_cuda else '3.4'} GB the first time")
-    # PyPI's largest wheels are 500 MB: uv's default of 30 s for a stalled read is short on a slow line.
-    run(*command, UV_HTTP_TIMEOUT=os.environ.get("UV_HTTP_TIMEOUT", "300"), UV_PYTHON_DOWNLOADS="never")
+    defaults = {
+        "UV_HTTP_TIMEOUT": "300",  # seconds; the largest wheels are 500 MB, and lines are slow
+        "UV_SYSTEM_CERTS": "1",  # as pip does: a company's own authority is trusted where the system trusts it
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+    run(*command, **{name: value for name, value in defaults.items() if name not in os.environ})
 
 
 def cuda_packages() -> list[str]:
