@@ -57,7 +57,7 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
     """
     parts = urlsplit(uri)
     if parts.scheme in _OBJECT_STORES:
-        if "@" in parts.netloc and parts.scheme in ("s3", "gs") or parts.password or parts.query:
+        if ("@" in parts.netloc and parts.scheme in ("s3", "gs")) or parts.password or parts.query:
             raise SpecError(
                 "a storage URI may carry neither credentials nor options",
                 where=where,
@@ -75,7 +75,9 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
         return _on_disk(Path(unquote(parts.path)), uri)
     if "://" in uri:
         raise SpecError(
-            f"{parts.scheme}:// is not a storage scheme", where=where, hint="use s3://, gs://, abfs://, file:// or a path"
+            f"{parts.scheme}:// is not a storage scheme",
+            where=where,
+            hint="use s3://, gs://, abfs://, file:// or a path",
         )
     if Path(uri).is_absolute():
         return _on_disk(Path(uri), uri)

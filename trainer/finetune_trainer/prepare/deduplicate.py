@@ -1,0 +1,165 @@
+"""Finds rows that repeat an earlier one, exactly (equal hash) or nearly (MinHash), without holding all rows in memory.
+
+Near duplicates: a row's set of word 5-grams has a signature of 128 minima
+(https://doi.org/10.1109/SEQUEN.1997.666900); the share of equal minima estimates the Jaccard similarity of two rows.
+Signatures are cut into bands; rows that agree in a whole band are compared. Bands are sized so that a pair at the
+threshold is found with 99 % probability.
+
+Signatures lie on disk. In memory there are 8 bytes a row and one partition of the hashes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from rensa import RMinHash
+
+from finetune_trainer.prepare.spill import Spill
+
+PERMUTATIONS: Final = 128
+SHINGLE: Final = 5
+_SEED: Final = 1
+_PARTITION: Final = 4_000_000      # rows whose hashes are sorted at a time: about 200 MiB
+_COMPARE: Final = 65_536           # pairs whose signatures are read at a time: about 70 MiB
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def band_rows(threshold: float) -> int:
+    """Minima in one band: the most that still find a pair at `threshold` with 99 % probability.
+
+    A pair of similarity s agrees in a band of r minima with probability s^r, so it is found in one of b bands with
+    probability 1 - (1 - s^r)^b.
+    """
+    fits = [r for r in range(1, PERMUTATIONS + 1) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= 0.99]
+    return max(fits)
+
+
+def signatures(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
+    """MinHash signatures, uint32 [len(texts), PERMUTATIONS], of the word 5-grams of each text.
+
+    Two texts shorter than that are alike only when they are equal but for white space and case.
+    """
+    words = [text.casefold().split() or [""] for text in texts]
+    hashed = RMinHash.hash_token_sets(words)
+    shingles = [_shingles(np.array(row, dtype=np.uint64)) for row in hashed]
+    offsets = np.cumsum([0, *(len(row) for row in shingles)]).astype(np.uint64)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, PERMUTATIONS, _SEED)
+    return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(texts), PERMUTATIONS)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Which of N rows repeat an earlier one.
+
+    original: int64 [N], the number of the row it repeats, which is always one that is kept, or -1; exact: bool [N].
+    """
+
+    original: npt.NDArray[np.int64]
+    exact: npt.NDArray[np.bool_]
+
+
+def find_duplicates(hashes: Spill[np.uint64], minima: Spill[np.uint32] | None, threshold: float) -> Duplicates:
+    """Duplicates among rows, given a content hash of each; near ones too when `minima` has their signatures."""
+    original = np.full(len(hashes), -1, dtype=np.int64)
+    for first, later in _runs(hashes):
+        original[later] = first
+    exact = original >= 0
+    if minima is not None:
+        _near(minima, threshold, original)
+    return Duplicates(original, exact)
+
+
+def _shingles(words: Hashes) -> Hashes:
+    """One hash for every run of SHINGLE words; for fewer words, one for all of them."""
+    size = min(SHINGLE, len(words))
+    total = np.zeros(len(words) - size + 1, dtype=np.uint64)
+    for offset in range(size):
+        # A different odd factor for each place, so that the order of words counts.
+        total = (total + words[offset : offset + len(total)]) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed(total)
+
+
+def mixed(values: Hashes) -> Hashes:
+    """The finaliser of SplitMix64 (https://doi.org/10.1145/2714064.2660195): every bit depends on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _runs(hashes: Spill[np.uint64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Pairs (first row, later row) of rows with an equal hash, in partitions of the hashes' values."""
+    partitions = -(-len(hashes) // _PARTITION)
+    for partition in range(partitions):
+        values, rows = [], []
+        for start, block in hashes.blocks():
+            chosen = np.flatnonzero(block % np.uint64(partitions) == partition)
+            values.append(block[chosen])
+            rows.append(chosen + start)
+        yield _pairs(np.concatenate(values), np.concatenate(rows))
+
+
+def _pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pairs (first row, later row) within each group of equal values; `rows` ascends."""
+    order = np.argsort(values, kind="stable")
+    values, rows = values[order], rows[order]
+    begins = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    firsts = np.repeat(rows[begins], np.diff(np.append(begins, len(rows))))
+    later = rows != firsts
+    return firsts[later], rows[later]
+
+
+def _near(minima: Spill[np.uint32], threshold: float, original: npt.NDArray[np.int64]) -> None:
+    """Adds near duplicates to `original`, in which exact ones already stand."""
+    candidate = np.full(len(original), -1, dtype=np.int64)
+    size = band_rows(threshold)
+    for band in range(PERMUTATIONS // size):
+        for first, later in _band_pairs(minima, slice(band * size, (band + 1) * size), original):
+            alike = _similarity(minima, first, later) >= threshold
+            first, later = first[alike], later[alike]
+            better = (candidate[later] < 0) | (first < candidate[later])
+            candidate[later[better]] = first[better]
+    # In order of rows, so that a row is measured against one that stays; likeness is not transitive.
+    for row in np.flatnonzero(candidate >= 0):
+        kept = original[candidate[row]]
+        if kept < 0:
+            original[row] = candidate[row]
+        elif _similarity(minima, np.array([kept]), np.array([row]))[0] >= threshold:
+            original[row] = kept
+
+
+def _band_pairs(
+    minima: Spill[np.uint32], band: slice, original: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Pairs that agree in a whole band, among rows that are no exact duplicates."""
+    partitions = -(-len(minima) // _PARTITION)
+    for partition in range(partitions):
+        values, rows = [], []
+        for start, block in minima.blocks():
+            hashed = np.zeros(len(block), dtype=np.uint64)
+            for column in block[:, band].T:
+                hashed = mixed(hashed ^ column)
+            chosen = np.flatnonzero(
+                (hashed % np.uint64(partitions) == partition) & (original[start : start + len(block)] < 0)
+            )
+            values.append(hashed[chosen])
+            rows.append(chosen + start)
+        first, later = _pairs(np.concatenate(values), np.concatenate(rows))
+        for start in range(0, len(first), _COMPARE):
+            yield first[start : start + _COMPARE], later[start : start + _COMPARE]
+
+
+def _similarity(
+    minima: Spill[np.uint32], left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Estimated Jaccard similarity of each pair: the share of equal minima."""
+
+    def gather(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        return np.array([minima.read(row, row + 1)[0] for row in rows.tolist()]).reshape(-1, PERMUTATIONS)
+
+    equal: npt.NDArray[np.float64] = (gather(left) == gather(right)).mean(axis=1)
+    return equal

@@ -1,0 +1,214 @@
+"""Reads a file in chunks of about a megabyte that workers can take apart, each with the number of its first row.
+
+Memory does not depend on the file: lines are bounded, compressed files are unpacked as they are read.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_api.errors import DataError
+from finetune_trainer.prepare.rows import FIELDS
+from finetune_trainer.prepare.sources import SourceFile
+from finetune_trainer.storage import explained
+
+CHUNK_BYTES: Final = 1 << 20
+LARGEST_ROW: Final = 16 << 20
+_BOMS: Final = {
+    b"\xef\xbb\xbf": "UTF-8",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+csv.field_size_limit(LARGEST_ROW)
+
+Lines = bytes                                   # whole lines of JSON
+Cells = list[tuple[int, dict[str, Any]]]        # CSV rows with their line number
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a file, in order. `first` is the number, from 1, of the first line (JSONL) or row (Parquet)."""
+
+    first: int
+    rows: Lines | Cells | pa.RecordBatch
+    read: int      # bytes of the stored file read so far
+
+
+def chunks(file: SourceFile) -> Iterator[Chunk]:
+    """The file's rows.
+
+    Raises:
+        StorageError: it cannot be read.
+        DataError: it is damaged, not UTF-8 text, or has a line longer than LARGEST_ROW.
+    """
+    location = file.stored.location
+    if file.kind == ".parquet":
+        with explained(file.uri), location.fs.open_input_file(location.path) as opened:
+            yield from _parquet(file, opened)
+        return
+    with explained(file.uri), location.fs.open_input_stream(location.path, compression=None) as raw:
+        counted = _Counted(raw)
+        stream = pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec) if file.codec else counted
+        blocks = _blocks(file, stream)
+        if file.kind == ".csv":
+            yield from _csv(file, blocks, counted)
+            return
+        line = 1
+        for block in blocks:
+            yield Chunk(line, block, counted.read_bytes)
+            line += block.count(b"\n")
+
+
+class _Counted:
+    """A stream that counts what was read of it; Arrow's own cannot tell."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream = stream
+        self.read_bytes = 0
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.read_bytes += len(data)
+        return data
+
+
+def _blocks(file: SourceFile, stream: _Counted | pa.CompressedInputStream) -> Iterator[bytes]:
+    """The text in blocks of whole lines."""
+    rest = b""
+    line = 1
+    while True:
+        with _readable(file):
+            block = stream.read(CHUNK_BYTES)
+        if line == 1 and not rest:
+            _check_start(file, block)
+        if not block:
+            break
+        head, newline, tail = block.rpartition(b"\n")
+        if newline:
+            yield rest + head + newline
+            line += head.count(b"\n") + 1
+            rest = tail
+        else:
+            rest += tail
+        if len(rest) > LARGEST_ROW:
+            raise DataError(
+                f"the line is longer than {LARGEST_ROW >> 20} MiB",
+                where=f"{file.uri}:{line}",
+                hint="write one row a line, and cut a long text into several rows",
+            )
+    if rest:
+        yield rest
+
+
+def _check_start(file: SourceFile, block: bytes) -> None:
+    for mark, encoding in _BOMS.items():
+        if block.startswith(mark):
+            raise DataError(
+                f"the file begins with the byte order mark of {encoding}",
+                where=f"{file.uri}:1",
+                hint="save it as UTF-8 without a byte order mark"
+                + ("" if encoding == "UTF-8" else f": iconv -f {encoding} -t UTF-8"),
+            )
+
+
+def _csv(file: SourceFile, blocks: Iterator[bytes], counted: _Counted) -> Iterator[Chunk]:
+    reader = csv.reader(_text_lines(file, blocks), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or not all(header):
+            raise DataError(
+                "a column has no name, or the name of another",
+                where=f"{file.uri}:1",
+                hint="name every column in the first line, each differently",
+            )
+        first = reader.line_num + 1
+        rows: Cells = []
+        size = 0
+        begin = first
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"the row has {len(cells)} cells and the header {len(header)}",
+                    where=f"{file.uri}:{begin}",
+                    hint="quote cells that hold a comma or a line break",
+                )
+            if cells:
+                rows.append((begin, dict(zip(header, cells, strict=True))))
+                size += sum(map(len, cells))
+            begin = reader.line_num + 1
+            if size >= CHUNK_BYTES:
+                yield Chunk(first, rows, counted.read_bytes)
+                first, rows, size = begin, [], 0
+        if rows:
+            yield Chunk(first, rows, counted.read_bytes)
+    except csv.Error as error:
+        raise DataError(
+            f"the line is not CSV: {error}", where=f"{file.uri}:{reader.line_num}", hint='write a quote in a cell as ""'
+        ) from None
+
+
+def _text_lines(file: SourceFile, blocks: Iterator[bytes]) -> Iterator[str]:
+    line = 0
+    for block in blocks:
+        for text in block.splitlines(keepends=True):
+            line += 1
+            try:
+                yield text.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"byte {error.start + 1} of the line is not UTF-8",
+                    where=f"{file.uri}:{line}",
+                    hint="convert the file to UTF-8",
+                ) from None
+
+
+def _parquet(file: SourceFile, opened: pa.NativeFile) -> Iterator[Chunk]:
+    with _readable(file):
+        parquet = pq.ParquetFile(opened)
+        wanted = {name for own in FIELDS.values() for name in own} | {"tools"}
+        wanted |= set(file.source.columns.values())
+        names = [name for name in parquet.schema_arrow.names if name in wanted]
+        rows = parquet.metadata.num_rows
+        largest = max(
+            (group.total_byte_size / max(group.num_rows, 1) for group in _groups(parquet)), default=1.0
+        )
+        size = max(min(int(CHUNK_BYTES / max(largest, 1)), 4096), 1)
+        batches = parquet.iter_batches(size, columns=names or None)
+    row = 1
+    while True:
+        with _readable(file):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield Chunk(row, batch, int(file.stored.size * (row - 1 + len(batch)) / max(rows, 1)))
+        row += len(batch)
+
+
+def _groups(parquet: pq.ParquetFile) -> Iterator[Any]:
+    return (parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups))
+
+
+@contextmanager
+def _readable(file: SourceFile) -> Iterator[None]:
+    """What the decoders say about a damaged file. A bucket's own errors name AWS and pass as they are."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        said = " ".join(str(error).split())
+        if "AWS Error" in said:
+            raise
+        kind = file.codec or file.kind.removeprefix(".")
+        raise DataError(
+            f"the file is not whole {kind}: {said[:200]}", where=file.uri, hint="write the file again"
+        ) from None

@@ -1,0 +1,277 @@
+"""What a worker does to one chunk of rows: parse, check, render, tokenise, cut to length, hash. It keeps no state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.job import ColumnField
+from finetune_trainer.manifest import TokenizerFacts
+from finetune_trainer.prepare.deduplicate import PERMUTATIONS, signatures
+from finetune_trainer.prepare.read import Chunk
+from finetune_trainer.prepare.render import Renderer
+from finetune_trainer.prepare.rows import FIELDS, BadRow, Problem, Row, RowFormat, check_row, detect, normalised
+from finetune_trainer.tokenizer import load_tokenizer, tokenizer_facts
+
+MOST_PROBLEMS: Final = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker needs to know of the job. Equal for all workers."""
+
+    model: Path
+    loss: str
+    sequence_length: int
+    overlong: str
+    near_duplicates: bool
+    held_out: Mapping[str, int]      # normalised prompt: its number in spec.evaluation.prompts
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chunk and how to read it. `format` is None when the file's first row did not show one."""
+
+    file: int
+    chunk: Chunk
+    format: RowFormat | None
+    given: bool      # the user named the format, so rows may have other formats' fields too
+    columns: Mapping[ColumnField, str]
+    train: bool
+
+
+@dataclass
+class Cuts:
+    """What became of rows longer than the sequence, in rows and tokens."""
+
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    split_rows: int = 0
+    dropped_rows: int = 0
+    dropped_tokens: int = 0
+    empty_documents: int = 0      # pieces with nothing to learn in them, left out
+    empty_tokens: int = 0
+
+    def add(self, other: Cuts) -> None:
+        """Adds another's counts to these."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A chunk's R rows and the D documents made of them; arrays run in the order of the file."""
+
+    file: int
+    format: str
+    read: int
+    problems: list[tuple[int, Problem]]
+    numbers: npt.NDArray[np.int64]         # [R] line or row number in the file
+    lengths: npt.NDArray[np.int64]         # [R] tokens, before anything is cut
+    hashes: npt.NDArray[np.uint64]         # [R] of the rendered text
+    minima: npt.NDArray[np.uint32]         # [R, PERMUTATIONS], or [0, …] when near duplicates are not asked for
+    rows: npt.NDArray[np.int64]            # [D] the document's row, counted in this chunk
+    sizes: npt.NDArray[np.int32]           # [D] tokens
+    ids: npt.NDArray[np.int32]             # all documents' tokens
+    weights: npt.NDArray[np.float16]       # and their loss weights
+    cuts: Cuts
+
+
+@dataclass
+class _Documents:
+    rows: list[int] = field(default_factory=list)
+    ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    weights: list[npt.NDArray[np.float16]] = field(default_factory=list)
+
+    def add(self, row: int, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float16]) -> None:
+        self.rows.append(row)
+        self.ids.append(ids)
+        self.weights.append(weights)
+
+
+class Worker:
+    """Turns chunks into results with one tokenizer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tokenizer = load_tokenizer(settings.model)
+        self._renderer = Renderer(self._tokenizer, settings.loss)
+
+    def facts(self) -> TokenizerFacts:
+        """The tokenizer, for the manifest."""
+        return tokenizer_facts(self._tokenizer, self._settings.model)
+
+    def __call__(self, task: Task) -> Result:
+        problems: list[tuple[int, Problem]] = []
+        numbers, rows, rendered = [], [], []
+        for number, fields in _fields(task.chunk, problems):
+            try:
+                row = _row(task, fields)
+                if task.train:
+                    self._check_held_out(row)
+                rendered.append(self._renderer.render(row))
+            except BadRow as bad:
+                problems.append((number, bad.problem))
+            else:
+                numbers.append(number)
+                rows.append(row)
+            if len(problems) >= MOST_PROBLEMS:
+                break
+        tokens = self._renderer.tokens(rendered)
+        documents, cuts = _Documents(), Cuts()
+        for index, (ids, weights) in enumerate(tokens):
+            try:
+                self._cut(index, ids, weights, documents, cuts)
+            except BadRow as bad:
+                problems.append((numbers[index], bad.problem))
+        near = self._settings.near_duplicates and rows
+        return Result(
+            file=task.file,
+            format=rows[0].format if rows else "",
+            read=task.chunk.read,
+            problems=sorted(problems, key=lambda item: item[0])[:MOST_PROBLEMS],
+            numbers=np.array(numbers, dtype=np.int64),
+            lengths=np.array([len(ids) for ids, _ in tokens], dtype=np.int64),
+            hashes=np.array([_hash(item.text) for item in rendered], dtype=np.uint64),
+            minima=signatures(["\n".join(r.said()) for r in rows]) if near else np.zeros((0, PERMUTATIONS), np.uint32),
+            rows=np.array(documents.rows, dtype=np.int64),
+            sizes=np.array([len(ids) for ids in documents.ids], dtype=np.int32),
+            ids=np.concatenate([np.zeros(0, np.int32), *documents.ids]),
+            weights=np.concatenate([np.zeros(0, np.float16), *documents.weights]),
+            cuts=cuts,
+        )
+
+    def _check_held_out(self, row: Row) -> None:
+        for asked in row.asked() if self._settings.held_out else []:
+            prompt = self._settings.held_out.get(normalised(asked))
+            if prompt is not None:
+                raise BadRow(
+                    "",
+                    f"the row asks what spec.evaluation.prompts[{prompt}] holds out of training",
+                    "remove the row, or set the prompt's heldOut to false",
+                )
+
+    def _cut(
+        self,
+        row: int,
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float16],
+        documents: _Documents,
+        cuts: Cuts,
+    ) -> None:
+        """Adds the row's documents: itself, or what data.overlong makes of it."""
+        limit, overlong = self._settings.sequence_length, self._settings.overlong
+        if not weights.any():
+            raise BadRow("", "the row has nothing to learn", "give it an answer, with a weight above 0")
+        if len(ids) <= limit:
+            documents.add(row, ids, weights)
+            return
+        if overlong == "error":
+            raise BadRow(
+                "",
+                f"the row has {len(ids)} tokens, more than data.sequenceLength, {limit}",
+                "raise data.sequenceLength, or set data.overlong to truncate, split or drop",
+            )
+        if overlong == "drop":
+            cuts.dropped_rows += 1
+            cuts.dropped_tokens += len(ids)
+            return
+        if overlong == "truncate":
+            cuts.truncated_rows += 1
+            cuts.truncated_tokens += len(ids) - limit
+            ids, weights = ids[:limit], weights[:limit]
+        else:
+            cuts.split_rows += 1
+        for start in range(0, len(ids), limit):
+            piece = weights[start : start + limit].copy()
+            piece[0] = 0      # nothing stands before the first token of a piece
+            if piece.any():
+                documents.add(row, ids[start : start + limit], piece)
+            else:
+                cuts.empty_documents += 1
+                cuts.empty_tokens += len(piece)
+
+
+def first_format(chunk: Chunk, columns: Mapping[ColumnField, str]) -> RowFormat | None:
+    """The format of the chunk's first row; None when it shows none, which a worker will report."""
+    first = next(_fields(chunk, []), None)
+    try:
+        return None if first is None else detect(_renamed(first[1], columns))
+    except BadRow:
+        return None
+
+
+def _row(task: Task, fields: dict[str, Any]) -> Row:
+    fields = _renamed(fields, task.columns)
+    if task.given and task.format is not None:
+        return check_row(fields, task.format)
+    found = detect(fields)
+    if task.format not in (None, found):
+        raise BadRow(
+            ", ".join(name for name in FIELDS[found] if name in fields),
+            f"the row is {found} and the file began with {task.format}",
+            "put rows of each format into a file of their own",
+        )
+    return check_row(fields, found)
+
+
+def _fields(chunk: Chunk, problems: list[tuple[int, Problem]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's number and fields; rows that are none are added to `problems`."""
+    rows = chunk.rows
+    if isinstance(rows, list):
+        yield from rows
+    elif isinstance(rows, bytes):
+        for number, line in enumerate(rows.split(b"\n"), chunk.first):
+            if line.strip():
+                try:
+                    yield number, _parse(line)
+                except BadRow as bad:
+                    problems.append((number, bad.problem))
+    else:
+        yield from enumerate(rows.to_pylist(), chunk.first)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The fields of one line of JSON."""
+    try:
+        value = json.loads(line.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise BadRow("", f"byte {error.start + 1} of the line is not UTF-8", "convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        if b"\0" in line:
+            raise BadRow("", "the line holds zero bytes, as UTF-16 does", "convert the file to UTF-8") from None
+        raise BadRow(
+            "", f"the line is not JSON: {error.msg} at character {error.pos + 1}", "write one JSON object a line"
+        ) from None
+    except RecursionError:
+        raise BadRow("", "the row is nested too deeply", "write it as messages, or as plain text fields") from None
+    if not isinstance(value, dict):
+        hint = "a JSON array becomes lines with: jq -c '.[]'" if isinstance(value, list) else "write one object a line"
+        raise BadRow("", "the line is JSON but not an object", hint)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadRow("", f"{name} is not a JSON value", "write null, or leave the field out")
+
+
+def _renamed(fields: dict[str, Any], columns: Mapping[ColumnField, str]) -> dict[str, Any]:
+    """The fields under our names."""
+    if not columns:
+        return fields
+    for name, column in columns.items():
+        if column not in fields:
+            raise BadRow(column, "the field is missing", f"`columns` names it as the file's {name!r}")
+    rest = {name: value for name, value in fields.items() if name not in columns.values()}
+    return rest | {name: fields[column] for name, column in columns.items()}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
