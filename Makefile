@@ -42,8 +42,9 @@ tools: setup ## Build the servers that tests use
 verify: lint ## Check style, types, import arrows and that generated files are current
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m finetune_api.crd .cache/generated/crds
-	diff -r manifests/crds .cache/generated/crds    # differs? run `make generate`
+	@$(MAKE) generate INTO=.cache/generated/
+	diff -r manifests/crds .cache/generated/manifests/crds
+	diff -r docs/reference .cache/generated/docs/reference
 
 .PHONY: lint
 lint: setup ## Check style only
@@ -57,7 +58,8 @@ format: setup ## Put the code into the one style
 
 .PHONY: generate
 generate: setup ## Write the files that are made from the models
-	$(BIN)/python -m finetune_api.crd manifests/crds
+	$(BIN)/python -m finetune_api.crd $(INTO)manifests/crds
+	$(BIN)/python -m finetune_api.docs $(INTO)docs/reference
 
 .PHONY: bench
 bench: setup ## Measure training on this machine's CPU against TRL

@@ -28,6 +28,7 @@ CACHE = ROOT / ".cache"
 VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
+NOT_ASKING = {"DEBIAN_FRONTEND": "noninteractive"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -67,12 +68,12 @@ def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def run(*command: str | Path, quiet: bool = False, **environment: str) -> None:
+def run(*command: str | Path, quiet: bool = False, environment: dict[str, str] | None = None) -> None:
     """Runs a command; one that fails ends the set-up with what it printed."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env=os.environ | (environment or {}),
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,
@@ -182,7 +183,7 @@ def sync(uv: Path, *, without_cuda: bool) -> None:
         "UV_SYSTEM_CERTS": "1",  # as pip does: a company's own authority is trusted where the system trusts it
         "UV_PYTHON_DOWNLOADS": "never",
     }
-    run(*command, **{name: value for name, value in defaults.items() if name not in os.environ})
+    run(*command, environment={name: value for name, value in defaults.items() if name not in os.environ})
 
 
 def cuda_packages() -> list[str]:

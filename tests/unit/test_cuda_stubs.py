@@ -34,13 +34,13 @@ def consumer(tmp_path: Path) -> Path:
     require.program("cc")
     real = tmp_path / "real"
     real.mkdir()
-    for name, symbol, version in (("cublas", "cublasCreate", "libcublas.so.13"), ("cublasLt", "cublasLtMatmul", "")):
-        source, script = real / f"{name}.c", real / f"{name}.map"
+    script = real / "versions.map"
+    script.write_text("libcublas.so.13 { global: *; };")
+    versioned = f"-Wl,--version-script,{script}"
+    for name, symbol, options in (("cublas", "cublasCreate", [versioned]), ("cublasLt", "cublasLtMatmul", [])):
+        source, soname = real / f"{name}.c", f"lib{name}.so.13"
         source.write_text(f"int {symbol}(void) {{ return 0; }}")
-        script.write_text(f"{version or 'X'} {{ global: *; }};")
-        versioned = [f"-Wl,--version-script,{script}"] if version else []
-        soname = f"lib{name}.so.13"
-        compile_library(source, real / soname, f"-Wl,-soname,{soname}", *versioned)
+        compile_library(source, real / soname, f"-Wl,-soname,{soname}", *options)
         (real / f"lib{name}.so").symlink_to(soname)
     source = tmp_path / "consumer.c"
     source.write_text(
