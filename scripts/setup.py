@@ -28,7 +28,6 @@ CACHE = ROOT / ".cache"
 VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
-NOT_ASKING = {"DEBIAN_FRONTEND": "noninteractive"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -124,9 +123,8 @@ def apt_install(package: str, *, purpose: str) -> None:
     say(f"installing {package} for {purpose}")
     try:
         run("apt-get", "update", quiet=True)
-        run(
-            "apt-get", "install", "-y", "--no-install-recommends", package, quiet=True, DEBIAN_FRONTEND="noninteractive"
-        )
+        install = ("apt-get", "install", "-y", "--no-install-recommends", package)
+        run(*install, quiet=True, environment={"DEBIAN_FRONTEND": "noninteractive"})
     except SetupError as error:
         say(f"going on without {package}: {error}")
 

@@ -60,7 +60,7 @@ def compile_library(source: Path, target: Path, *options: str) -> None:
 
 
 def make(consumer: Path) -> str:
-    command = [sys.executable, ROOT / "scripts" / "cuda_stubs.py", consumer.parent]
+    command = [sys.executable, str(ROOT / "scripts" / "cuda_stubs.py"), str(consumer.parent)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
