@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer.deepspeed_config import merged
@@ -13,6 +14,7 @@ from finetune_trainer.manifest import Manifest, Split, Splits, TokenizerFacts, w
 from finetune_trainer.prepare.shards import ShardWriter
 
 VOCABULARY = 512
+Sequence = list[list[int]]      # its documents' token ids
 
 SPEC: dict[str, Any] = {
     "model": {"source": "model"},
@@ -37,13 +39,12 @@ def documents(count: int, seed: int, shortest: int = 4, longest: int = 40) -> li
     return [((np.cumsum(s) + random.integers(VOCABULARY)) % VOCABULARY).tolist() for s in steps]
 
 
-def prepare_sequences(folder: Path, train: list[list[list[int]]], evaluation: list[list[list[int]]] | None = None) -> None:
-    """Writes shards and manifest below `folder`; a sequence is a list of documents. Two of three tokens count, each
-    first token of a document excepted."""
+def prepare_sequences(folder: Path, train: list[Sequence], evaluation: list[Sequence] | None = None) -> None:
+    """Writes shards and manifest below `folder`. About two of three tokens count, never the first of a document."""
     prepared = folder / PREPARED
     prepared.mkdir(parents=True, exist_ok=True)
 
-    def write(split: Split, sequences: list[list[list[int]]]) -> Any:
+    def write(split: Split, sequences: list[Sequence]) -> Any:
         writer = ShardWriter(prepared, split)
         for sequence in sequences:
             weights = [float(i > 0 and token % 3 > 0) for document in sequence for i, token in enumerate(document)]
@@ -55,7 +56,11 @@ def prepare_sequences(folder: Path, train: list[list[list[int]]], evaluation: li
         return writer.close()
 
     facts = TokenizerFacts(
-        vocabulary_size=VOCABULARY, eos_token_id=2, end_of_turn_token_ids=[2], chat_template_sha256=None, sha256="0" * 64
+        vocabulary_size=VOCABULARY,
+        eos_token_id=2,
+        end_of_turn_token_ids=[2],
+        chat_template_sha256=None,
+        sha256="0" * 64,
     )
     splits = Splits(train=write("train", train), evaluation=write("evaluation", evaluation or []))
     write_manifest(

@@ -29,7 +29,9 @@ def train_with_workers(runs: Sequence[RunConfig], world_size: int, store: Path) 
 def in_workers(work: Callable[..., None], world_size: int, store: Path, *args: object) -> None:
     """Calls `work(rank, *args)` in `world_size` processes that share a process group; fails when one of them fails."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(work, rank, world_size, store, args)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_worker, args=(work, rank, world_size, store, args)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -8,9 +8,12 @@ from finetune_api.job import FinetuneJobSpec
 
 
 def zero_stage(spec: FinetuneJobSpec, world_size: int) -> int:
-    """The ZeRO stage: as given; `auto` shards gradients and optimizer states as soon as there are workers to share."""
+    """The ZeRO stage: as given; `auto` shards gradients and optimizer states.
+
+    In bf16 and fp16 so also on one worker, since without ZeRO gradients would add up in that precision.
+    """
     if spec.deepspeed.zero_stage == "auto":
-        return 2 if world_size > 1 else 0
+        return 0 if world_size == 1 and spec.training.precision == "fp32" else 2
     return spec.deepspeed.zero_stage
 
 

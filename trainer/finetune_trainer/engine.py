@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 from finetune_api.job import FinetuneJobSpec, Training
-from finetune_trainer.deepspeed_config import deepspeed_config, zero_stage
+from finetune_trainer.batches import collate
+from finetune_trainer.dataset import PackedSequence
+from finetune_trainer.deepspeed_config import deepspeed_config
 from finetune_trainer.distributed import World
 from finetune_trainer.loss import LanguageModelLoss
 from finetune_trainer.model import load_model, optimizer_groups
+
+_LOGITS_ERROR: Final = 2**-6   # a unit in bfloat16's last place or two; scaled or bounded logits differ by far more
 
 
 def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulation: int) -> Any:
@@ -27,15 +32,29 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
     config = deepspeed_config(
         spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda"
     )
+    stage = config["zero_optimization"]["stage"]
     loss = LanguageModelLoss(load_model(model_path, spec, config))
-    if loss.output is not None and config["zero_optimization"]["stage"] == 3:
-        for parameter in loss.output.external_parameters():
+    if loss.output is not None and stage == 3:
+        for parameter in loss.output.linear.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(loss.output, parameter)
     groups = optimizer_groups(loss, spec.training.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=loss, model_parameters=groups, optimizer=_adamw(groups, spec.training), config=config
     )
+    if stage == 0 and engine.optimizer is not engine.basic_optimizer:
+        # The wrapper made its states by a step without gradients, which AdamW's bias correction counts.
+        engine.basic_optimizer.state.clear()
+    if loss.output is not None:
+        loss.fused = _logits_are_the_output_layers(engine, world)
     return engine
+
+
+@torch.no_grad()
+def _logits_are_the_output_layers(engine: Any, world: World) -> bool:
+    engine.eval()
+    ids = np.arange(3, 35, dtype=np.int32)
+    batch = collate([PackedSequence(ids, np.ones(32, np.float32), np.array([12, 20], np.int32))])
+    return float(engine(batch.to(world.device), logits_error=True)) < _LOGITS_ERROR
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
@@ -55,7 +74,7 @@ def optimizer_step(engine: Any) -> float:
 def _adamw(groups: list[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups,
-        lr=training.learning_rate,
+        lr=0.0,         # the loop sets it, step by step
         betas=(training.beta1, training.beta2),
         eps=training.epsilon,
         fused=True,

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune_trainer.batches import MicroBatch
+from finetune_trainer.weights import inner_model
 
-_CHUNK_BYTES: Final = {"cpu": 16 << 20, "cuda": 512 << 20}      # float32 logits of one chunk: cache here, launches there
+# Of one chunk's float32 logits: small enough for a CPU's cache, large enough to keep a GPU busy.
+_CHUNK_BYTES: Final = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,19 +72,22 @@ class _OutputLayer(nn.Module):
         super().__init__()
         self._linear = (linear,)
 
-    def external_parameters(self) -> list[nn.Parameter]:
-        return list(self._linear[0].parameters(recurse=False))
+    @property
+    def linear(self) -> nn.Linear:
+        return self._linear[0]
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        linear = self._linear[0]
         total: Tensor = _LinearCrossEntropy.apply(
-            hidden, linear.weight, linear.bias, targets, weights, torch.is_grad_enabled()
+            hidden, self.linear.weight, self.linear.bias, targets, weights, torch.is_grad_enabled()
         )
         return total
 
 
 class LanguageModelLoss(nn.Module):
     """Wraps a causal language model so that its forward pass gives Σ weights · nll of a micro-batch, in float32.
+
+    `fused` says whether the output layer is taken apart from the model. That is right only when the model's logits are
+    its output layer's, and nothing scales or bounds them afterwards: `logits_error` measures it.
 
     Args:
         model: from transformers, or a PEFT model around one.
@@ -91,13 +96,13 @@ class LanguageModelLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._base = (base,)
-        head = base.get_output_embeddings()
+        head = inner_model(model).get_output_embeddings()
         self.output = _OutputLayer(head) if type(head) is nn.Linear else None
         self.fused = self.output is not None
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch, *, logits_error: bool = False) -> Tensor:
+        """The loss; or, with `logits_error`, the largest relative difference of the output layer's logits and the
+        model's own."""
         inputs = {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
@@ -107,10 +112,13 @@ class LanguageModelLoss(nn.Module):
             "max_length_q": batch.longest,
             "max_length_k": batch.longest,
         }
-        if self.fused:
-            assert self.output is not None
-            hidden = self._base[0].get_decoder()(**inputs).last_hidden_state
-            total: Tensor = self.output(hidden[0, batch.predicting], batch.targets, batch.weights)
-            return total
+        if self.output is not None and (self.fused or logits_error):
+            hidden = inner_model(self.model).get_decoder()(**inputs).last_hidden_state[0, batch.predicting]
+            if not logits_error:
+                total: Tensor = self.output(hidden, batch.targets, batch.weights)
+                return total
         logits = self.model(**inputs, logits_to_keep=batch.predicting).logits[0].float()
+        if logits_error:
+            assert self.output is not None
+            return (logits - self.output.linear(hidden).float()).abs().max() / logits.abs().max()
         return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()

@@ -11,6 +11,7 @@ from torch import nn
 from finetune_api.errors import ModelError, SpecError
 from finetune_api.job import FinetuneJobSpec, Lora
 from finetune_trainer import attention
+from finetune_trainer.weights import inner_model
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMED: Final = 8       # names shown in an error before "and N more"
@@ -34,9 +35,9 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
     del zero3
     if supports_packed_attention(model):
         attention.register()
-        _base(model).set_attn_implementation(attention.NAME)
+        inner_model(model).set_attn_implementation(attention.NAME)
     if spec.training.activation_checkpointing:
-        _base(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -113,7 +114,7 @@ def add_adapters(model: Any, lora: Lora) -> Any:
 def supports_packed_attention(model: Any) -> bool:
     """Whether every attention layer is causal with at most a sliding window, and called through transformers'
     interface: then `attention.packed_attention` stands in for it."""
-    base = _base(model)
+    base = inner_model(model)
     text = base.config.get_text_config()
     return (
         getattr(base, "_supports_attention_backend", False)
@@ -136,10 +137,6 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape, also when ZeRO-3 has left this worker only a shard of it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _some(names: set[str]) -> str:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-Event = Mapping[str, object]
+Event = Mapping[str, Any]
 
 
 class Reporter(Protocol):
