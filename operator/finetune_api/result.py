@@ -5,11 +5,13 @@ Losses are nats per token (Σ weights·nll / Σ weights), durations are seconds,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from finetune_api.base import Model
+
+EXPORT_FILE: Final = "export.json"  # ExportResult, in <work>/export; written last there
 
 Outcome = Literal["passed", "failed", "unchecked"]
 

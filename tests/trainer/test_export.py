@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,9 +21,10 @@ from finetune_api.run import RunConfig
 from finetune_trainer import export as export_module
 from finetune_trainer import weights
 from finetune_trainer.distributed import World
-from finetune_trainer.export import export, public
+from finetune_trainer.export import export
 from finetune_trainer.manifest import Manifest, SourceFacts, Splits, TokenizerFacts, write_manifest
-from finetune_trainer.model import add_adapters, load_model
+from finetune_trainer.model import load_model
+from finetune_trainer.model_card import public
 from finetune_trainer.prepare.shards import ShardWriter
 from tests.tiny import END, SPECIAL, tiny_llama
 
@@ -91,7 +92,7 @@ def shake(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 @pytest.fixture(scope="session")
@@ -286,7 +287,13 @@ def two_workers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec = run.spec.model_dump(mode="json") | {"deepspeed": deepspeed, "workers": {"count": 2}}
         document = run.model_dump(mode="json") | {"spec": spec}
         (folder / f"zero{stage}-{tuning}" / "run.json").write_text(json.dumps(document))
-    mp.spawn(_worker, (_free_port(), folder, base), nprocs=2)
+    context, port = get_context("spawn"), _free_port()
+    workers = [context.Process(target=_worker, args=(rank, port, folder, base)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     return folder
 
 

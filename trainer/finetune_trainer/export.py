@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from finetune_api.errors import ExportError
-from finetune_api.job import Output
-from finetune_api.result import ExportCheck, ExportResult
-from finetune_api.run import PREPARED, RunConfig
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from finetune_api.errors import ExportError
+from finetune_api.job import Output
+from finetune_api.result import EXPORT_FILE, ExportCheck, ExportResult
+from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer import attention
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.distributed import World
 from finetune_trainer.manifest import read_manifest
 from finetune_trainer.model import DTYPES
+from finetune_trainer.model_card import base_model
 from finetune_trainer.weights import ADAPTER, inner_model, on_rank_0, write_adapter, write_model
 
-EXPORT_FILE: Final = "export.json"
 PROBE_TOKENS: Final = 128
 
 # Largest difference of a logit over the largest logit. Rounding each of the weights and activations of a deep model
@@ -206,20 +206,6 @@ def load(folder: Path, base: Path) -> Any:
     if info["missing_keys"]:        # transformers only warns and makes up random ones
         raise ValueError(f"{len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}")
     return PeftModel.from_pretrained(model, str(folder)).eval() if adapter else model.eval()
-
-
-def base_model(source: str) -> tuple[str, str | None]:
-    """Name and revision of the base model as the hub knows it; for a folder or a bucket what `public` gives."""
-    if source.startswith("hf://"):
-        name, _, revision = source.removeprefix("hf://").partition("@")
-        return name, revision or None
-    return public(source), None
-
-
-def public(uri: str) -> str:
-    """A URI that may be shown to others: of an absolute path on this machine only the last part."""
-    path = Path(uri.removeprefix("file://"))
-    return path.name if path.is_absolute() else uri
 
 
 def _clear(folder: Path) -> None:

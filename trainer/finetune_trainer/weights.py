@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Final, TypeAlias, TypeVar, cast
 
 import torch
-from finetune_api.errors import ExportError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from finetune_api.errors import ExportError
 from finetune_trainer.distributed import World
 
 SHARD_BYTES: Final = 2 * 1024**3
 ADAPTER: Final = "default"      # PEFT's name of the only adapter
 
 T = TypeVar("T")
-Mergeable = lora.Linear | lora.Embedding
+Mergeable: TypeAlias = lora.Linear | lora.Embedding
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def on_rank_0(world: World, action: Callable[[], T]) -> T:
     if world.rank == 0:
         try:
             outcome = (action(), None)
-        except Exception as error:  # noqa: BLE001: it is raised below, on every rank
+        except Exception as error:
             outcome = (None, error)
     value, failure = world.from_first(outcome)
     if failure is not None:

@@ -1,0 +1,102 @@
+"""Gates, and the sentence that says what came out. Pure: it must be as honest about a bad run as about a good one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from finetune_api.job import Gate
+from finetune_api.result import EvaluationResult, GateResult, PromptResult, Verdict
+
+# What a gate's metric is called in a sentence.
+_NAMES = {
+    "evalLoss": "the evaluation loss",
+    "evalLossRatio": "the evaluation loss, tuned over base,",
+    "promptsPassed": "the share of prompts that behave as asked",
+    "refusalRate": "the refusal rate",
+    "overRefusalRate": "the over-refusal rate",
+}
+
+
+def checked(prompts: Iterable[PromptResult]) -> list[PromptResult]:
+    """The prompts that say what a good answer is."""
+    return [p for p in prompts if p.tuned.outcome != "unchecked"]
+
+
+def passed(prompts: Iterable[PromptResult]) -> int:
+    """Prompts whose tuned answer is as asked."""
+    return sum(p.tuned.outcome == "passed" for p in prompts)
+
+
+def passed_by_base(prompts: Iterable[PromptResult]) -> int:
+    """Prompts whose answer was as asked before tuning."""
+    return sum(p.base.outcome == "passed" for p in prompts)
+
+
+def got_worse(prompts: Iterable[PromptResult]) -> list[PromptResult]:
+    """Prompts that the base model passed and the tuned one fails."""
+    return [p for p in prompts if p.base.outcome == "passed" and p.tuned.outcome == "failed"]
+
+
+def measure(
+    gates: Iterable[Gate], evaluation: EvaluationResult | None, prompts: Sequence[PromptResult]
+) -> list[GateResult]:
+    """Each gate with what was measured. A figure that the run could not measure misses its gate."""
+    figures: dict[str, float] = {}
+    if evaluation:
+        figures["evalLoss"] = evaluation.loss_tuned
+        if evaluation.loss_base > 0:
+            figures["evalLossRatio"] = evaluation.loss_tuned / evaluation.loss_base
+    if asked := checked(prompts):
+        figures["promptsPassed"] = passed(asked) / len(asked)
+    results = []
+    for gate in gates:
+        value = figures.get(gate.metric)
+        met = (
+            value is not None
+            and (gate.min is None or value >= gate.min)
+            and (gate.max is None or value <= gate.max)
+        )
+        results.append(GateResult(metric=gate.metric, min=gate.min, max=gate.max, value=value, passed=met))
+    return results
+
+
+def gate_sentence(gate: GateResult) -> str:
+    """Such as: "the evaluation loss is 1.9, at most 1.5 was asked"."""
+    bounds = (("at least", gate.min), ("at most", gate.max))
+    asked = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    measured = "was not measured" if gate.value is None else f"is {gate.value:.4g}"
+    return f"{_NAMES[gate.metric]} {measured}, {asked} was asked"
+
+
+def verdict(
+    evaluation: EvaluationResult | None, prompts: Sequence[PromptResult], gates: Iterable[GateResult]
+) -> Verdict:
+    """What came out, the most important first."""
+    asked = checked(prompts)
+    good = passed(asked)
+    missed = [gate for gate in gates if not gate.passed]
+    worse_loss = evaluation is not None and evaluation.loss_tuned >= evaluation.loss_base
+    sentences = []
+    if missed:
+        sentences.append("Rejected: " + "; ".join(map(gate_sentence, missed)) + ".")
+    if asked:
+        all_of_them = f"All {len(asked)}" if good == len(asked) else f"{good} of {len(asked)}"
+        noun = "prompt behaves" if len(asked) == 1 else "prompts behave"
+        sentences.append(f"{all_of_them} {noun} as asked (base model: {passed_by_base(asked)}).")
+    if worse := len(got_worse(asked)):
+        which = "A prompt" if worse == 1 else f"Of the prompts, {worse}"
+        sentences.append(f"{which} that the base model answered as asked got worse.")
+    if evaluation:
+        how = "did not fall" if worse_loss else "fell"
+        sentences.append(f"Evaluation loss {how}: {evaluation.loss_base:.3f} → {evaluation.loss_tuned:.3f}.")
+    if not asked and not evaluation:
+        sentences.append("Nothing says whether it got better: the job has no evaluation rows and no checked prompts.")
+    if missed:
+        state = "rejected"
+    elif worse_loss or (asked and not good):
+        state = "bad"
+    elif good < len(asked) or not (asked or evaluation):
+        state = "mixed"
+    else:
+        state = "good"
+    return Verdict.model_validate({"state": state, "sentence": " ".join(sentences)})
