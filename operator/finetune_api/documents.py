@@ -116,8 +116,10 @@ def _compose(event: yaml.Event, events: Iterator[yaml.Event], anchors: dict[str,
             raise _Refused(mark, f"alias *{event.anchor} has no finished anchor &{event.anchor} before it")
         return anchors[event.anchor]
     node = _Node(mark)
+    if getattr(event, "tag", None) not in _TEXT_TAGS:
+        raise _Refused(mark, "tags such as !!binary or !name are not supported", "remove the tag")
     if isinstance(event, yaml.ScalarEvent):
-        node.scalar = _scalar(event, mark)
+        node.scalar = plain_scalar(event.value) if event.implicit[0] else event.value
     elif isinstance(event, yaml.SequenceStartEvent):
         node.items = []
         while not isinstance(item := next(events), yaml.SequenceEndEvent):
@@ -134,12 +136,6 @@ def _compose(event: yaml.Event, events: Iterator[yaml.Event], anchors: dict[str,
     if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
         anchors[event.anchor] = node  # only now: a value that contains itself has no end
     return node
-
-
-def _scalar(event: yaml.ScalarEvent, mark: Mark) -> object:
-    if event.tag not in _TEXT_TAGS:
-        raise _Refused(mark, "tags such as !!binary or !name are not supported", "remove the tag")
-    return plain_scalar(event.value) if event.implicit[0] else event.value
 
 
 def plain_scalar(text: str) -> object:

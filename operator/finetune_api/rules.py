@@ -66,14 +66,18 @@ def broken_rules(rules: Sequence[Rule], value: Value, wrong: Sequence[Path] = ()
     return [
         Broken(rule, (*path, *(rule.reads[0].split(".") if rule.reads else ())))
         for rule in rules
-        for path, scope in _scopes(value, rule.at.split("."), ())
+        for path, scope in values_at(value, rule.at)
         if not any(_overlap((*path, *read.split(".")), bad) for read in rule.reads or ("",) for bad in wrong)
         and not rule.holds(scope)
     ]
 
 
-def _scopes(value: Value, parts: Sequence[str], path: Path) -> Iterator[tuple[Path, Value]]:
+def values_at(value: Value, dotted: str) -> Iterator[tuple[Path, Value]]:
     """Every value that a dotted path with `[]` means, with its own path; none where the object lacks it."""
+    return _below(value, dotted.split("."), ())
+
+
+def _below(value: Value, parts: Sequence[str], path: Path) -> Iterator[tuple[Path, Value]]:
     if not parts:
         yield path, value
         return
@@ -82,10 +86,10 @@ def _scopes(value: Value, parts: Sequence[str], path: Path) -> Iterator[tuple[Pa
         return
     below = value[key]
     if not parts[0].endswith("[]"):
-        yield from _scopes(below, parts[1:], (*path, key))
+        yield from _below(below, parts[1:], (*path, key))
     elif isinstance(below, list):
         for index, item in enumerate(below):
-            yield from _scopes(item, parts[1:], (*path, key, index))
+            yield from _below(item, parts[1:], (*path, key, index))
 
 
 def _overlap(read: Path, wrong: Path) -> bool:
@@ -199,15 +203,18 @@ _CEL_PROCESSES: Final = "self.workers.count * (self.workers.gpusEach > 0 ? self.
 
 
 def _batch(spec: Value) -> int:
-    training = spec["training"]
+    """Sequences in a global batch; too few tokens for one is another rule's business."""
+    training, length = spec["training"], spec["data"]["sequenceLength"]
     if "sequencesPerBatch" in training:
         return int(training["sequencesPerBatch"])
-    return int(training["tokensPerBatch"] // spec["data"]["sequenceLength"]) if "tokensPerBatch" in training else 16
+    return max(1, int(training["tokensPerBatch"] // length)) if "tokensPerBatch" in training else 16
 
 
 _CEL_BATCH: Final = (
     "(has(self.training.sequencesPerBatch) ? self.training.sequencesPerBatch"
-    " : has(self.training.tokensPerBatch) ? self.training.tokensPerBatch / self.data.sequenceLength : 16)"
+    " : !has(self.training.tokensPerBatch) ? 16"
+    " : self.training.tokensPerBatch < self.data.sequenceLength ? 1"
+    " : self.training.tokensPerBatch / self.data.sequenceLength)"
 )
 
 
