@@ -33,6 +33,7 @@ class Model(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        defer_build=True,  # a command builds the models that it uses
     )
 
 

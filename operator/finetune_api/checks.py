@@ -17,9 +17,10 @@ from finetune_api import patterns
 from finetune_api.base import API_VERSION
 from finetune_api.crd import KINDS, Kind, Schema, schema, with_defaults
 from finetune_api.documents import Document, Mark, Path
+from finetune_api.job_rules import RAW_KEYS
 from finetune_api.rules import broken_rules
 
-_RAW: Final = ("spec", "deepspeed", "config")  # keys of another program: null means something there
+_RAW: Final = tuple(RAW_KEYS.split("."))  # keys of another program: null means something there
 _TYPES: Final = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -65,6 +66,17 @@ class Problem:
         """The problem in one line, without its place in the file."""
         head = f"{self.field}: {self.message}" if self.field else self.message
         return head if self.got is None else f"{head} (got {self.got})"
+
+    def as_json(self) -> dict[str, object]:
+        """The problem for programs."""
+        return {
+            "line": self.mark.line,
+            "column": self.mark.column,
+            "field": self.field,
+            "message": self.message,
+            "got": self.got,
+            "hint": self.hint,
+        }
 
 
 @dataclass

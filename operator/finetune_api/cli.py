@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Final, TextIO
 
 import click
@@ -79,58 +80,24 @@ def validate(files: Sequence[str], output: str) -> None:
     Every error of every document is shown at once, with its line, the value and what to do. FILE - is standard input.
     Exit code 2 when anything is wrong.
     """
-    from finetune_api.files import FileReport, check_file
+    from finetune_api.files import check_file
 
-    reports: list[FileReport] = [check_file(file) for file in files]
+    reports = [check_file(file) for file in files]
     errors = [error for report in reports for error in report.errors()]
     if output == "json":
-        click.echo(json.dumps([_as_json(report) for report in reports], indent=2))
+        click.echo(json.dumps([report.as_json() for report in reports], indent=2))
     else:
-        for report in reports:
-            for document in report.documents:
-                if not document.problems:
-                    click.echo(f"{document.title}: valid")
-                    if document.local_only:
-                        click.echo(f"  with `finetune run` only; a cluster cannot see {', '.join(document.local_only)}")
+        for document in (document for report in reports for document in report.documents if not document.problems):
+            click.echo(f"{document.title}: valid")
+            if local := document.local_only:
+                rest = f" and {len(local) - 3} more" if len(local) > 3 else ""
+                click.echo(f"  with `finetune run` only; a cluster cannot see {', '.join(local[:3])}{rest}")
         for error in errors:
             click.echo(str(error), err=True)
-    if errors:
-        if output == "text":
+        if errors:
             click.echo(f"{len(errors)} {'error' if len(errors) == 1 else 'errors'}", err=True)
+    if errors:
         raise click.exceptions.Exit(SpecError.exit_code)
-
-
-def _as_json(report: object) -> dict[str, object]:
-    from finetune_api.checks import Problem
-    from finetune_api.files import FileReport
-
-    assert isinstance(report, FileReport)
-
-    def entry(problem: Problem) -> dict[str, object]:
-        return {
-            "line": problem.mark.line,
-            "column": problem.mark.column,
-            "field": problem.field,
-            "message": problem.message,
-            "got": problem.got,
-            "hint": problem.hint,
-        }
-
-    return {
-        "file": report.file,
-        "valid": not report.errors(),
-        "problems": [entry(problem) for problem in report.problems],
-        "documents": [
-            {
-                "kind": document.kind,
-                "name": document.name,
-                "valid": not document.problems,
-                "localOnly": document.local_only,
-                "problems": [entry(problem) for problem in document.problems],
-            }
-            for document in report.documents
-        ],
-    }
 
 
 @cli.command()
@@ -154,7 +121,7 @@ def _missing(error: ModuleNotFoundError) -> FinetuneError:
         name = re.match(r"[-A-Za-z0-9_.]+", requirement)
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
         if name and extra and name.group().replace("_", "-").lower() == wanted:
-            hint = f"pip install 'finetune[{extra.group(1)}]'"
+            hint = f"pip install 'finetune[{extra.group(1)}]', or uv sync --extra {extra.group(1)} in a checkout"
             return FinetuneError(f"this command needs {module}, which is not installed", hint=hint)
     return FinetuneError(f"the module {error.name} is missing", hint="install finetune again")
 
@@ -179,8 +146,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(_DEBUG):
             traceback.print_exc()
-        what = f"unexpected {type(error).__name__}: {error}"
-        return _say(FinetuneError(what, hint=f"this is a bug; {_DEBUG}=1 shows where"))
+        # Not the exception's own text, which may hold a user's row.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"unexpected {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+        return _say(FinetuneError(what, hint=f"this is a bug; {_DEBUG}=1 shows all of it"))
 
 
 def _say(error: FinetuneError) -> int:

@@ -23,8 +23,10 @@ from pydantic import BaseModel
 from finetune_api.base import GROUP, VERSION
 from finetune_api.deepspeed_keys import REFUSED_KEYS
 from finetune_api.job import FinetuneJob, FinetuneJobSpec
-from finetune_api.rules import IMMUTABLE, IMMUTABLE_MESSAGE, JOB_RULES, RUNTIME_RULES, Rule
+from finetune_api.job_rules import IMMUTABLE, IMMUTABLE_MESSAGE, JOB_RULES, RAW_KEYS
+from finetune_api.rules import Rule
 from finetune_api.runtime import FinetuneRuntime, FinetuneRuntimeSpec, FinetuneRuntimeStatus
+from finetune_api.runtime_rules import RUNTIME_RULES
 from finetune_api.status import FinetuneJobStatus
 
 Schema = dict[str, Any]
@@ -181,7 +183,7 @@ def schema(kind: Kind) -> Schema:
         },
     }
     if kind is JOB:
-        _declare_refused_keys(_at(whole, "spec.deepspeed.config"))
+        _declare_refused_keys(_at(whole, RAW_KEYS))
         for part in IMMUTABLE:
             _add_rule(whole, f"spec.{part}", {"rule": "self == oldSelf", "message": IMMUTABLE_MESSAGE})
     for rule in kind.rules:

@@ -16,7 +16,8 @@ from finetune_api import errors, patterns
 from finetune_api.base import API_VERSION
 from finetune_api.crd import JOB, KINDS, Kind, Schema, schema
 from finetune_api.deepspeed_keys import REFUSED_KEYS
-from finetune_api.rules import IMMUTABLE, RAW_KEYS, Rule
+from finetune_api.job_rules import IMMUTABLE, RAW_KEYS
+from finetune_api.rules import Rule
 
 _NOTICE: Final = "<!-- Generated from operator/finetune_api by `make generate`. Do not edit. -->\n"
 

@@ -31,6 +31,24 @@ class FileReport:
             for problem in sorted(found, key=lambda problem: problem.place)
         ]
 
+    def as_json(self) -> dict[str, object]:
+        """The report for programs; `localOnly` are fields that `finetune run` reads and a cluster cannot."""
+        return {
+            "file": self.file,
+            "valid": not self.errors(),
+            "problems": [problem.as_json() for problem in self.problems],
+            "documents": [
+                {
+                    "kind": document.kind,
+                    "name": document.name,
+                    "valid": not document.problems,
+                    "localOnly": document.local_only,
+                    "problems": [problem.as_json() for problem in document.problems],
+                }
+                for document in self.documents
+            ],
+        }
+
 
 def check_file(file: str | Path) -> FileReport:
     """Checks every document of a file; `-` is standard input. Never raises for what the file holds."""

@@ -1,6 +1,6 @@
 """FinetuneJob's spec: what a user asks for. Every field has its unit and its bounds.
 
-Rules that look at more than one field stand in `rules.py`, once, as CEL for the API server and as Python for
+Rules that look at more than one field stand in `job_rules.py`, once, as CEL for the API server and as Python for
 `finetune validate`.
 """
 
@@ -289,7 +289,7 @@ class ObjectMeta(Model):
 
 
 class FinetuneJob(Model):
-    """A finetuning job, as it stands in a file."""
+    """Finetunes a language model: what model, on which rows, how, and where the weights go."""
 
     api_version: Literal["finetune.dev/v1alpha1"] = Field(description="finetune.dev/v1alpha1")
     kind: Literal["FinetuneJob"] = Field(description="FinetuneJob")

@@ -115,7 +115,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     [
         (DataError("no text", where="rows.jsonl:3", hint="write some"), 3, "rows.jsonl:3: no text\n  → write some\n"),
         (FinetuneError("strange"), 1, "strange\n"),
-        (KeyError("x"), 1, "unexpected KeyError: 'x'\n  → this is a bug; FINETUNE_DEBUG=1 shows where\n"),
         (click.Abort(), 130, "interrupted\n"),
     ],
 )
@@ -125,6 +124,16 @@ def test_every_error_ends_as_a_sentence_and_its_exit_code(
     command["it"] = error
     assert cli.run(["fail"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_an_unforeseen_error_says_where_and_not_the_text_of_a_row(
+    command: dict[str, Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command["it"] = KeyError("a user's row")
+    assert cli.run(["fail"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("unexpected KeyError in test_api_cli.py:")
+    assert "row" not in said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api.crd import GROUP, JOB, KINDS, Kind, manifest, manifest_yaml, schema, with_defaults
+from finetune_api.base import GROUP
+from finetune_api.crd import JOB, KINDS, Kind, manifest, manifest_yaml, schema, with_defaults
 from finetune_api.docs import pages
 from finetune_api.job import FinetuneJob
 from tests.unit import api_cases

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.crd import JOB, RUNTIME, Kind, Schema, schema, with_defaults
-from finetune_api.rules import IMMUTABLE, broken_rules, changed_immutables, values_at
+from finetune_api.job_rules import IMMUTABLE, changed_immutables
+from finetune_api.rules import broken_rules, values_at
 from tests.unit import api_cases
 from tests.unit.api_cases import BROKEN_JOBS, BROKEN_RUNTIMES, VALID_JOBS, VALID_RUNTIMES, changed
 
