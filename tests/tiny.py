@@ -10,9 +10,9 @@ from typing import Final
 
 BOS: Final = "<|begin|>"
 TURN: Final = "<|im_start|>"
-END: Final = "<|im_end|>"          # ends a turn; also the eos token, as in ChatML models
+END: Final = "<|im_end|>"  # ends a turn; also the eos token, as in ChatML models
 PAD: Final = "<|pad|>"
-SPECIAL: Final = (BOS, TURN, END, PAD)      # the first entries of the vocabulary, in this order
+SPECIAL: Final = (BOS, TURN, END, PAD)  # the first entries of the vocabulary, in this order
 
 CHATML: Final = (
     "{% for message in messages %}"

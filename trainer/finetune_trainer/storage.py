@@ -200,7 +200,7 @@ def _object_store(uri: str, scheme: str, bucket: str, key: str) -> Location:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     fs = pafs.S3FileSystem(
-        endpoint_override=endpoint,      # pyarrow then names the bucket in the path, as servers other than AWS need
+        endpoint_override=endpoint,  # pyarrow then names the bucket in the path, as servers other than AWS need
         region=region or ("us-east-1" if endpoint else pafs.resolve_s3_region(bucket)),
         connect_timeout=_CONNECT_SECONDS,
         request_timeout=_REQUEST_SECONDS,

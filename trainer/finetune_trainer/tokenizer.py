@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:      # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers raises whatever its parsers raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the tokenizer does not load: {type(error).__name__}: {reason}",

@@ -26,8 +26,8 @@ class Collection:
         self._uris = uris
         self.report = ReportBuilder(uris)
         self.formats = ["" for _ in uris]
-        self.numbers = Spill(folder / "numbers", np.int64)           # of each row in its file
-        self.hashes = Spill(folder / "hashes", np.uint64)            # of each row
+        self.numbers = Spill(folder / "numbers", np.int64)  # of each row in its file
+        self.hashes = Spill(folder / "hashes", np.uint64)  # of each row
         self.minima = Spill(folder / "minima", np.uint32, PERMUTATIONS)
         self._ids = Spill(folder / "ids", np.int32)
         self._weights = Spill(folder / "weights", np.float16)

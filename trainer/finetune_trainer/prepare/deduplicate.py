@@ -23,8 +23,8 @@ from finetune_trainer.prepare.spill import Spill
 PERMUTATIONS: Final = 128
 SHINGLE: Final = 5
 _SEED: Final = 1
-_PARTITION: Final = 4_000_000      # rows whose hashes are sorted at a time: about 200 MiB
-_COMPARE: Final = 65_536           # pairs whose signatures are read at a time: about 70 MiB
+_PARTITION: Final = 4_000_000  # rows whose hashes are sorted at a time: about 200 MiB
+_COMPARE: Final = 65_536  # pairs whose signatures are read at a time: about 70 MiB
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -107,7 +107,9 @@ def _pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.
     """Pairs (first row, later row) within each group of equal values; `rows` ascends."""
     order = np.argsort(values, kind="stable")
     values, rows = values[order], rows[order]
-    begins = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    begin = np.ones(len(values), dtype=np.bool_)
+    begin[1:] = values[1:] != values[:-1]
+    begins = np.flatnonzero(begin)
     firsts = np.repeat(rows[begins], np.diff(np.append(begins, len(rows))))
     later = rows != firsts
     return firsts[later], rows[later]

@@ -44,7 +44,7 @@ class _Rooms:
         self._capacity = capacity
         self._opened = 0
         self._by_room: dict[int, list[Numbers]] = {}
-        self._rooms: list[int] = []      # keys of _by_room, ascending
+        self._rooms: list[int] = []  # keys of _by_room, ascending
 
     def place(self, size: int, count: int) -> Numbers:
         """Sequences for up to `count` documents of `size`, best fit first: one group of equal room."""

@@ -20,7 +20,7 @@ from finetune_trainer.manifest import TokenizerFacts
 if TYPE_CHECKING:
     from finetune_trainer.prepare.work import Result, Settings, Task, Worker
 
-_AHEAD: Final = 2      # tasks waiting for each worker: enough to keep it busy, few enough to keep memory flat
+_AHEAD: Final = 2  # tasks waiting for each worker: enough to keep it busy, few enough to keep memory flat
 Answer = TypeVar("Answer")
 
 
@@ -126,12 +126,12 @@ def _result(task: Task) -> Result:
 
 def _initialise(settings: Settings) -> None:
     """Runs first in each worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C reaches the whole group; the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"    # processes share the cores already
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"    # it would remark that there is no torch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would remark that there is no torch
     if "transformers" not in sys.modules:
         # It loads torch if it finds it, which costs each process 5 s and 650 MiB; a tokenizer needs none.
-        sys.modules["torch"] = None                   # type: ignore[assignment]
+        sys.modules["torch"] = None  # type: ignore[assignment]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _State.use(settings)
 

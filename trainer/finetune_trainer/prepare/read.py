@@ -30,8 +30,8 @@ _BOMS: Final = {
 }
 csv.field_size_limit(LARGEST_ROW)
 
-Lines = bytes                                   # whole lines of JSON
-Cells = list[tuple[int, dict[str, Any]]]        # CSV rows with their line number
+Lines = bytes  # whole lines of JSON
+Cells = list[tuple[int, dict[str, Any]]]  # CSV rows with their line number
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chunk:
 
     first: int
     rows: Lines | Cells | pa.RecordBatch
-    read: int      # bytes of the stored file read so far
+    read: int  # bytes of the stored file read so far
 
 
 def chunks(file: SourceFile) -> Iterator[Chunk]:
@@ -180,9 +180,7 @@ def _parquet(file: SourceFile, opened: pa.NativeFile) -> Iterator[Chunk]:
         wanted |= set(file.source.columns.values())
         names = [name for name in parquet.schema_arrow.names if name in wanted]
         rows = parquet.metadata.num_rows
-        largest = max(
-            (group.total_byte_size / max(group.num_rows, 1) for group in _groups(parquet)), default=1.0
-        )
+        largest = max((group.total_byte_size / max(group.num_rows, 1) for group in _groups(parquet)), default=1.0)
         size = max(min(int(CHUNK_BYTES / max(largest, 1)), 4096), 1)
         batches = parquet.iter_batches(size, columns=names or None)
     row = 1

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int, float]      # first character, one past the last, weight
+Span = tuple[int, int, float]  # first character, one past the last, weight
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,14 @@ class Renderer:
         text = row.prompt + row.completion
         return Rendered(text, [(start, len(text), 1.0)], framed=True)
 
-    def tokens(
-        self, rendered: Sequence[Rendered]
-    ) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]]:
+    def tokens(self, rendered: Sequence[Rendered]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]]:
         """Ids and loss weights of each text; the first token's weight is always 0."""
         encodings = self._tokenizer.backend_tokenizer.encode_batch(
             [item.text for item in rendered], add_special_tokens=False
         )
         return [self._weighted(item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
 
-    def _weighted(
-        self, item: Rendered, encoding: Encoding
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+    def _weighted(self, item: Rendered, encoding: Encoding) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
         ids = np.array(encoding.ids, dtype=np.int32)
         weights = np.zeros(len(ids), dtype=np.float16)
         for start, end, weight in item.spans:
@@ -173,7 +169,7 @@ class Renderer:
             end = len(through) if text.startswith(through) else self._after_end(text, start)
         spoken = text[start:end].rstrip()
         if spoken.endswith(tuple(self._learned_end)):
-            end = start + len(spoken)      # a template's line break behind the token is never generated
+            end = start + len(spoken)  # a template's line break behind the token is never generated
         return start, end, index
 
     def _after_end(self, text: str, start: int) -> int:

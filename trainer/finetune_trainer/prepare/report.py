@@ -26,7 +26,7 @@ class Tally:
     tokens: int = 0
     exact_duplicates: int = 0
     near_duplicates: int = 0
-    evaluation_leaks: int = 0      # training rows dropped because evaluation has them
+    evaluation_leaks: int = 0  # training rows dropped because evaluation has them
     cuts: Cuts = field(default_factory=Cuts)
 
     def as_json(self) -> dict[str, Any]:
@@ -55,8 +55,8 @@ class ReportBuilder:
         self._uris = uris
         self.files = [Tally() for _ in uris]
         self._histogram: Counter[int] = Counter()
-        self._longest: list[tuple[int, int, int]] = []      # tokens, -file, -row: the first of equals stays
-        self.duplicate_rows: list[dict[str, str]] = []      # the first MOST_POSITIONS, as they stand in the report
+        self._longest: list[tuple[int, int, int]] = []  # tokens, -file, -row: the first of equals stays
+        self.duplicate_rows: list[dict[str, str]] = []  # the first MOST_POSITIONS, as they stand in the report
 
     def add(self, result: Result) -> None:
         """Counts one chunk."""
@@ -95,13 +95,9 @@ class ReportBuilder:
                 {"from": 1 << bucket, "to": (2 << bucket) - 1, "rows": self._histogram[bucket]}
                 for bucket in range(min(self._histogram, default=0), max(self._histogram, default=-1) + 1)
             ],
-            "longest": [
-                {"row": self.position(-file, -row), "tokens": tokens} for tokens, file, row in self._longest
-            ],
+            "longest": [{"row": self.position(-file, -row), "tokens": tokens} for tokens, file, row in self._longest],
             "duplicateRows": self.duplicate_rows,
-            "sources": [
-                {"uri": uri, **tally.as_json()} for uri, tally in zip(self._uris, self.files, strict=True)
-            ],
+            "sources": [{"uri": uri, **tally.as_json()} for uri, tally in zip(self._uris, self.files, strict=True)],
         }
 
 

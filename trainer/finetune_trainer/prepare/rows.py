@@ -46,8 +46,8 @@ class Row:
     """A row that can be rendered. Only the fields of its format are filled."""
 
     format: RowFormat
-    messages: list[Message] = field(default_factory=list)      # without `weight`
-    weights: list[float] = field(default_factory=list)         # one per message
+    messages: list[Message] = field(default_factory=list)  # without `weight`
+    weights: list[float] = field(default_factory=list)  # one per message
     tools: list[dict[str, Any]] | None = None
     prompt: str = ""
     completion: str = ""
@@ -237,8 +237,10 @@ def _check_order(messages: Sequence[Message], path: str) -> None:
     if role == "system":
         allowed = before is None
     elif role == "user":
-        allowed = before is None or before["role"] == "system" or (
-            before["role"] == "assistant" and "tool_calls" not in before
+        allowed = (
+            before is None
+            or before["role"] == "system"
+            or (before["role"] == "assistant" and "tool_calls" not in before)
         )
     elif role == "assistant":
         allowed = before is not None and before["role"] in ("user", "tool")

@@ -18,9 +18,7 @@ from finetune_trainer.prepare.sources import SourceFile
 _SAMPLING: Final = np.uint64(0x5851F42D4C957F2D)
 
 
-def select_documents(
-    collection: Collection, files: list[SourceFile], data: Data
-) -> dict[Split, npt.NDArray[np.int64]]:
+def select_documents(collection: Collection, files: list[SourceFile], data: Data) -> dict[Split, npt.NDArray[np.int64]]:
     """Numbers of the documents of each split, in order; a document that is seen twice an epoch stands there twice.
 
     A pure function of the rows' hashes: neither the number of workers nor the order of files changes a row's fate,

@@ -21,8 +21,8 @@ SCHEMA: Final = pa.schema(
         pa.field("target", pa.float32(), nullable=False),
     ]
 )
-BATCH_TOKENS: Final = 1 << 20       # one record batch: about 6 MiB in memory
-SHARD_TOKENS: Final = 1 << 25       # one file: about 200 MiB
+BATCH_TOKENS: Final = 1 << 20  # one record batch: about 6 MiB in memory
+SHARD_TOKENS: Final = 1 << 25  # one file: about 200 MiB
 
 
 class ShardWriter:

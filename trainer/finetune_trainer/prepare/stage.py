@@ -48,9 +48,9 @@ from finetune_trainer.prepare.sources import (
 from finetune_trainer.prepare.work import Result, Settings, Task, first_format
 from finetune_trainer.tokenizer import check_model_folder, tokenizer_sha256
 
-Progress = Callable[[float, float, str], None]      # done, total, what is being done
+Progress = Callable[[float, float, str], None]  # done, total, what is being done
 
-_BYTES_A_WORKER: Final = 4 << 20      # a smaller share is done before a process has started
+_BYTES_A_WORKER: Final = 4 << 20  # a smaller share is done before a process has started
 _PROGRESS_SEQUENCES: Final = 1024
 
 

@@ -32,7 +32,7 @@ class Settings:
     sequence_length: int
     overlong: str
     near_duplicates: bool
-    held_out: Mapping[str, int]      # normalised prompt: its number in spec.evaluation.prompts
+    held_out: Mapping[str, int]  # normalised prompt: its number in spec.evaluation.prompts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Task:
     file: int
     chunk: Chunk
     format: RowFormat | None
-    given: bool      # the user named the format, so rows may have other formats' fields too
+    given: bool  # the user named the format, so rows may have other formats' fields too
     columns: Mapping[ColumnField, str]
     train: bool
 
@@ -56,7 +56,7 @@ class Cuts:
     split_rows: int = 0
     dropped_rows: int = 0
     dropped_tokens: int = 0
-    empty_documents: int = 0      # pieces with nothing to learn in them, left out
+    empty_documents: int = 0  # pieces with nothing to learn in them, left out
     empty_tokens: int = 0
 
     def add(self, other: Cuts) -> None:
@@ -73,14 +73,14 @@ class Result:
     format: str
     read: int
     problems: list[tuple[int, Problem]]
-    numbers: npt.NDArray[np.int64]         # [R] line or row number in the file
-    lengths: npt.NDArray[np.int64]         # [R] tokens, before anything is cut
-    hashes: npt.NDArray[np.uint64]         # [R] of the rendered text
-    minima: npt.NDArray[np.uint32]         # [R, PERMUTATIONS], or [0, …] when near duplicates are not asked for
-    rows: npt.NDArray[np.int64]            # [D] the document's row, counted in this chunk
-    sizes: npt.NDArray[np.int32]           # [D] tokens
-    ids: npt.NDArray[np.int32]             # all documents' tokens
-    weights: npt.NDArray[np.float16]       # and their loss weights
+    numbers: npt.NDArray[np.int64]  # [R] line or row number in the file
+    lengths: npt.NDArray[np.int64]  # [R] tokens, before anything is cut
+    hashes: npt.NDArray[np.uint64]  # [R] of the rendered text
+    minima: npt.NDArray[np.uint32]  # [R, PERMUTATIONS], or [0, …] when near duplicates are not asked for
+    rows: npt.NDArray[np.int64]  # [D] the document's row, counted in this chunk
+    sizes: npt.NDArray[np.int32]  # [D] tokens
+    ids: npt.NDArray[np.int32]  # all documents' tokens
+    weights: npt.NDArray[np.float16]  # and their loss weights
     cuts: Cuts
 
 
@@ -191,7 +191,7 @@ class Worker:
             cuts.split_rows += 1
         for start in range(0, len(ids), limit):
             piece = weights[start : start + limit].copy()
-            piece[0] = 0      # nothing stands before the first token of a piece
+            piece[0] = 0  # nothing stands before the first token of a piece
             if piece.any():
                 documents.add(row, ids[start : start + limit], piece)
             else:
