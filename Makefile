@@ -23,7 +23,7 @@ quickstart: setup ## Set up, then finetune a small real model and report what ch
 	$(BIN)/finetune run $(QUICKSTART)/job.yaml
 
 .PHONY: test
-test: setup-tests verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
+test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
 	$(BIN)/pytest --durations=15 $(ARGS)
 
 .PHONY: setup
@@ -33,6 +33,10 @@ setup: ## Install the locked environment into .venv (ACCELERATOR=cuda or cpu ove
 .PHONY: setup-tests
 setup-tests:
 	@$(PYTHON) scripts/setup.py --tests
+
+.PHONY: tools
+tools: setup ## Build the servers that tests use, each from its own go.mod
+	$(BIN)/python tests/tools/build.py
 
 .PHONY: verify
 verify: lint ## Check style, types, import arrows and that generated files are current

@@ -28,7 +28,7 @@ CACHE = ROOT / ".cache"
 VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser")
 
 
 class SetupError(Exception):

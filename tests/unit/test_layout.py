@@ -27,7 +27,9 @@ def test_a_file_fits_in_the_head() -> None:
 
 
 def test_a_file_says_its_job_first() -> None:
-    silent = [path for path in CODE if path.read_text(encoding="utf-8") and not ast.get_docstring(tree(path))]
+    # The names of its tests say what a test file is about.
+    files = [path for path in CODE if not path.name.startswith("test_") and path.stat().st_size]
+    silent = [path for path in files if not ast.get_docstring(tree(path))]
     assert names(silent) == []
 
 
