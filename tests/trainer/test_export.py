@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from finetune_trainer.model import load_model
 from finetune_trainer.model_card import public
 from finetune_trainer.prepare.shards import ShardWriter
 from tests.tiny import END, SPECIAL, tiny_llama
+from tests.trainer.workers import in_workers
 
 
 class OneProcess(World):
@@ -237,22 +235,11 @@ def test_no_folder_of_this_machine_is_told_to_others() -> None:
     assert public("s3://bucket/models/llama") == "s3://bucket/models/llama"
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 CASES = [(stage, tuning) for stage in (0, 2, 3) for tuning in ("full", "lora")]
 
 
-def _worker(rank: int, port: int, folder: Path, base: Path) -> None:
-    """Exports the same weights from each ZeRO stage; the last case fails on rank 0 alone."""
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def _export_all(rank: int, folder: Path) -> None:
+    """Exports the same weights from each ZeRO stage, then again where only rank 0 meets an obstacle."""
     import deepspeed
 
     from finetune_trainer.distributed import join_world
@@ -268,8 +255,8 @@ def _worker(rank: int, port: int, folder: Path, base: Path) -> None:
             if rank == 0 or stage != 3:
                 shake(engine.module)
         export(engine.module.model, run, target / "export", world)
-        if rank == 0:       # in the way of the next export, which must fail on both
-            (target / "blocked").write_text("")
+        if rank == 0:
+            (target / "blocked").write_text("a file where a folder should be")
         try:
             export(engine.module.model, run, target / "blocked" / "export", world)
         except OSError:
@@ -282,18 +269,12 @@ def two_workers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     for stage, tuning in CASES:
         run = prepared_run(folder / f"zero{stage}-{tuning}", base, tuning)
-        zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-        deepspeed = {"zeroStage": stage, "config": {"zero_optimization": zero} if zero else {}}
-        spec = run.spec.model_dump(mode="json") | {"deepspeed": deepspeed, "workers": {"count": 2}}
+        # Without this, tensors as small as these would not be partitioned.
+        zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+        spec = run.spec.model_dump(mode="json") | {"deepspeed": {"zeroStage": stage, "config": zero}}
         document = run.model_dump(mode="json") | {"spec": spec}
         (folder / f"zero{stage}-{tuning}" / "run.json").write_text(json.dumps(document))
-    context, port = get_context("spawn"), _free_port()
-    workers = [context.Process(target=_worker, args=(rank, port, folder, base)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    in_workers(_export_all, 2, folder / "store", folder)
     return folder
 
 

@@ -1,0 +1,97 @@
+"""Answers are what anybody gets who loads the same folder and generates greedily."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.errors import ExportError, Interrupted
+from finetune_api.job import Prompt
+from finetune_trainer.answers import Speaker, answer, check, compare
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+PROMPTS = [
+    Prompt(prompt="What's your first name?"),
+    Prompt(prompt="How do I sort a list?", system="You are a helpful assistant."),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return tiny_llama(folder / "base", seed=0), tiny_llama(folder / "tuned", seed=1)
+
+
+def generated(folder: Path, text: str, ends: int | None = None) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    whole = model.generate(ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids))
+    return str(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def test_both_models_say_what_plain_generate_gives(models: tuple[Path, Path]) -> None:
+    base, tuned = models
+    results = compare(Speaker(base, base), Speaker(tuned, base), PROMPTS, 12, stop_tokens=[])
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    asked = [
+        "<|im_start|>user\nWhat's your first name?<|im_end|>\n<|im_start|>assistant\n",
+        f"{system}<|im_start|>user\nHow do I sort a list?<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    assert [r.base.text for r in results] == [generated(base, text) for text in asked]
+    assert [r.tuned.text for r in results] == [generated(tuned, text) for text in asked]
+    assert results[0].base.text != results[0].tuned.text
+
+
+def test_a_model_without_a_chat_template_goes_on_from_the_prompt_itself(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    tiny_tokenizer(model, chat_template=None)
+    said = answer(Speaker(model, model), PROMPTS[:1], 12, [])
+    assert said[0].text == generated(model, "What's your first name?")
+
+
+def test_an_answer_ends_at_a_stop_token_and_says_so(models: tuple[Path, Path]) -> None:
+    base, _ = models
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    whole = answer(Speaker(base, base), PROMPTS[:1], 12, [])[0]
+    assert (whole.tokens, whole.complete) == (12, False)
+    fourth = tokenizer(whole.text, add_special_tokens=False).input_ids[3]
+    cut = answer(Speaker(base, base), PROMPTS[:1], 12, [fourth])[0]
+    assert cut.complete
+    assert cut.tokens <= 4
+
+
+def test_a_model_that_does_not_load_is_an_error_not_a_hang(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = models
+    with pytest.raises(ExportError, match="did not answer"):
+        compare(Speaker(base, base), Speaker(tmp_path / "nothing", base), PROMPTS, 12, stop_tokens=[])
+
+
+def test_waiting_can_be_interrupted(models: tuple[Path, Path]) -> None:
+    base, tuned = models
+
+    def stop() -> None:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        compare(Speaker(base, base), Speaker(tuned, base), PROMPTS, 12, stop_tokens=[], waiting=stop)
+
+
+@pytest.mark.parametrize(
+    ("expect", "reject", "text", "outcome"),
+    [
+        (["Sharon"], [], "my name is SHARON.", "passed"),
+        (["Sharon", "Ms"], [], "Ms Smith", "passed"),
+        (["Sharon"], [], "I have no name.", "failed"),
+        (["Paris"], ["Sharon"], "Paris, says Sharon", "failed"),
+        ([], ["sorry"], "Here you are.", "passed"),
+        ([], [], "anything", "unchecked"),
+    ],
+)
+def test_an_answer_needs_one_of_expect_and_none_of_reject(
+    expect: list[str], reject: list[str], text: str, outcome: str
+) -> None:
+    assert check(Prompt(prompt="?", expect=expect, reject=reject), text) == outcome
