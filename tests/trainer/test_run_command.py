@@ -23,7 +23,7 @@ from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.timeout(400)
 
-STEPS = 12
+STEPS = 200
 JOB: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "FinetuneJob",
@@ -35,7 +35,7 @@ JOB: dict[str, Any] = {
         "training": {"maxSteps": STEPS, "sequencesPerBatch": 4, "precision": "fp32"},
         "deepspeed": {"zeroStage": 2},
         "workers": {"count": 2},
-        "checkpoint": {"everySteps": 4},
+        "checkpoint": {"everySteps": 50},
         "output": {"uri": "./output"},
         "evaluation": {"prompts": [{"prompt": "What is 2 plus 2?"}], "maxNewTokens": 8},
     },
@@ -153,7 +153,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     project: Project, undisturbed: tuple[Project, str]
 ) -> None:
     process = project.start()
-    project.wait_for_step(5, process)
+    project.wait_for_step(60, process)
     workers = [pid for pid, command in project.processes().items() if "RayTrainWorker" in command]
     os.kill(workers[0], signal.SIGKILL)
     output, _ = process.communicate()

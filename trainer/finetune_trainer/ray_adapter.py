@@ -7,6 +7,7 @@ workers are Ray Train's, rank 0 reports to a `Progress` actor, and the driver re
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -29,6 +30,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A worker may have to wait for a node and for an image of many gigabytes.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 
+import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.train import RunConfig as RayRunConfig
@@ -37,6 +39,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 _POLL_SECONDS = 0.3
+_EXIT_SECONDS = 10.0
 
 
 class Progress:
@@ -98,13 +101,14 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
     Yields a scratch folder for Ray Train's own state.
     """
     scratch = Path(tempfile.mkdtemp(prefix="finetune-"))
+    others = set(psutil.Process().children(recursive=True))
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**common)
         else:
             ray.init(
-                num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
                 num_gpus=gpus or None,
                 include_dashboard=False,
                 object_store_memory=100 * 2**20,  # events and configurations only: tensors never go through it
@@ -114,7 +118,12 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
             )
         yield scratch
     finally:
+        processes = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
+        _, left = psutil.wait_procs(processes, timeout=_EXIT_SECONDS)  # actors notice the end by themselves, but later
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
