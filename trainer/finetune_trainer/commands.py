@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from finetune_api.run import EXPORT, PREPARED
 
+from finetune_api.run import EXPORT, PREPARED
 from finetune_trainer.progress import Display
 
 _FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -37,7 +37,8 @@ def run(file: Path, work_dir: Path | None, fresh: bool, price_per_hour: float | 
     writes a checkpoint and leaves nothing running; the same command goes on from there.
     """
     from finetune_trainer import pipeline
-    from finetune_trainer.finish import Price, summary
+    from finetune_trainer.finish import Price, check_gates
+    from finetune_trainer.report import summary
 
     display = Display()
     price = None if price_per_hour is None else Price(per_hour=price_per_hour, currency=currency)
@@ -45,7 +46,8 @@ def run(file: Path, work_dir: Path | None, fresh: bool, price_per_hour: float | 
         manifest = pipeline.prepare_stage(opened, display, stop.is_set)
         pipeline.train_stage(opened, manifest, display, stop.is_set)
         result = pipeline.finish_stage(opened, price, display, stop.is_set)
-    display.console.print(summary(result))
+    display.console.print(summary(result, Path(opened.work) / "report.html"))
+    check_gates(result)
 
 
 @click.command()

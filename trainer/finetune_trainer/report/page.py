@@ -108,10 +108,11 @@ def tiles(result: Result) -> list[Tile]:
 
 def topics(prompts: Iterable[PromptResult]) -> list[Topic]:
     """Prompts by topic, in the order in which topics first come up."""
-    found: dict[str, list[PromptResult]] = {}
+    found: dict[str | None, list[PromptResult]] = {}
     for prompt in prompts:
-        found.setdefault(prompt.topic or "Other prompts", []).append(prompt)
-    return [Topic(name, group) for name, group in found.items()]
+        found.setdefault(prompt.topic, []).append(prompt)
+    rest = "Other prompts" if len(found) > 1 else "Prompts"
+    return [Topic(name or rest, group) for name, group in found.items()]
 
 
 def shares(seconds: dict[str, float]) -> list[Share]:
