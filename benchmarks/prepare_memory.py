@@ -4,7 +4,7 @@
 
 Rows are chats whose sentences are drawn from the standard library's docstrings; every fiftieth repeats an earlier row.
 Memory is the highest that each process has had resident (VmHWM), so a short peak counts. Everything is in a temporary
-folder (about twice the file's size, TMPDIR says where) and is deleted.
+folder (about five times the file, TMPDIR says where) and is deleted.
 """
 
 from __future__ import annotations
