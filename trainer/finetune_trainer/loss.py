@@ -38,12 +38,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             h, target, weight = hidden[part], targets[part, None], weights[part]
             logits = F.linear(h, matrix, bias).float()
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += ((normaliser - logits.gather(1, target)).squeeze(1) * weight).sum()
+            chosen, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            powers = logits.sub_(highest).exp_()
+            sums = powers.sum(1, keepdim=True)
+            total += ((sums.log() + highest - chosen).squeeze(1) * weight).sum()
             if not any(needs):
                 continue
-            d_logits = logits.sub_(normaliser).exp_().scatter_add_(1, target, -torch.ones_like(normaliser))
-            d_logits = d_logits.mul_(weight[:, None]).to(h.dtype)
+            # weight · (softmax - one-hot of the target), in place: each pass over the logits counts on a CPU.
+            d_logits = powers.mul_(weight[:, None] / sums).scatter_add_(1, target, -weight[:, None]).to(h.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, matrix, out=d_hidden[part])
             if d_matrix is not None:
