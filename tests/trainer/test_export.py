@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_the_tokens_that_end_a_turn_end_generation(base: Path, tmp_path: Path) -
     assert generation["eos_token_id"] == [END_ID, 7]
 
 
+def test_what_the_base_model_says_about_generation_is_kept(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "base")
+    # transformers reads this, but refuses to write it: it does nothing without do_sample.
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 9}))
+    run = prepared_run(tmp_path, model, "full")
+    export(trained(run), run, tmp_path / "export", WORLD)
+    generation = json.loads((tmp_path / "export/model/generation_config.json").read_text())
+    assert generation == {"temperature": 0.6, "eos_token_id": [9, END_ID, 7], "pad_token_id": 9}
+
+
 def test_the_tokenizer_and_its_chat_template_come_along_unchanged(base: Path, tmp_path: Path) -> None:
     run = prepared_run(tmp_path, base)
     export(trained(run), run, tmp_path / "export", WORLD)
@@ -219,8 +230,8 @@ def test_weights_that_differ_from_the_trained_model_are_an_error(
     model = trained(run)
     value = weights.Weight.value
 
-    def without_delta(weight: weights.Weight, dtype: torch.dtype) -> torch.Tensor:
-        return value(weights.Weight(weight.name, weight.tensor), dtype)
+    def without_delta(weight: weights.Weight, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return value(weights.Weight(weight.name, weight.tensor), parts, dtype)
 
     monkeypatch.setattr(weights.Weight, "value", without_delta)
     with pytest.raises(ExportError, match=r"export/merged: .* other logits .* largest difference is [\d.]+"):

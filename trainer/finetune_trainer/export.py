@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer import attention
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.distributed import World
-from finetune_trainer.manifest import read_manifest
+from finetune_trainer.manifest import read_manifest, write_json
 from finetune_trainer.model import DTYPES
 from finetune_trainer.model_card import base_model
 from finetune_trainer.weights import ADAPTER, inner_model, on_rank_0, write_adapter, write_model
@@ -78,7 +79,7 @@ def export(model: PreTrainedModel | PeftModel, run: RunConfig, folder: Path, wor
         result = ExportResult(
             dtype=str(dtype).removeprefix("torch."), checks=checks, seconds=time.monotonic() - started
         )
-        (folder / EXPORT_FILE).write_text(result.model_dump_json(indent=2) + "\n")
+        write_json(folder / EXPORT_FILE, result.model_dump(mode="json"))
 
     on_rank_0(world, finish)
 
@@ -116,19 +117,23 @@ def output_dtype(output: Output, base: Path) -> torch.dtype:
     return dtype if dtype in BOUNDS else torch.float32
 
 
-def generation_config(run: RunConfig) -> GenerationConfig:
-    """The base model's, with the tokens that end an assistant turn among those that end generation."""
+def generation_config(run: RunConfig) -> dict[str, Any]:
+    """The base model's, with the tokens that end an assistant turn among those that end generation.
+
+    As a dictionary: transformers refuses to write some of the files that models come with.
+    """
     base = Path(run.model_path)
     if (base / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(base, local_files_only=True)
+        config: dict[str, Any] = json.loads((base / "generation_config.json").read_bytes())
     else:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base, local_files_only=True))
+        model_config = AutoConfig.from_pretrained(base, local_files_only=True)
+        config = GenerationConfig.from_model_config(model_config).to_diff_dict()
     tokenizer = read_manifest(Path(run.work) / PREPARED).tokenizer
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [*known, tokenizer.eos_token_id, *tokenizer.end_of_turn_token_ids]
-    config.eos_token_id = list(dict.fromkeys(token for token in ends if token is not None)) or None
-    if config.pad_token_id is None and config.eos_token_id:
-        config.pad_token_id = config.eos_token_id[0]
+    known = config.get("eos_token_id")
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, *tokenizer.end_of_turn_token_ids]
+    if ends := list(dict.fromkeys(token for token in ends if token is not None)):
+        config["eos_token_id"] = ends
+        config.setdefault("pad_token_id", ends[0])
     return config
 
 
@@ -151,7 +156,7 @@ def _write_companions(model: PreTrainedModel | PeftModel, run: RunConfig, folder
     config.dtype = dtype
     config.architectures = [type(inner_model(model)).__name__]
     config.save_pretrained(folder)
-    generation_config(run).save_pretrained(folder)
+    write_json(folder / "generation_config.json", generation_config(run))
 
 
 def _check(

@@ -49,14 +49,14 @@ class Weight:
     def shape(self) -> torch.Size:
         return cast(torch.Size, getattr(self.tensor, "ds_shape", self.tensor.shape))
 
-    def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """A copy on the CPU; the sum with a delta is taken in fp32 and rounded once."""
+    def value(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """What is written, from whole copies of `parts`; the sum with a delta is taken in fp32 and rounded once."""
         if self.layer is None:
-            return _cast(self.tensor.detach(), dtype).to("cpu", copy=True)
-        a, b = (factor.detach().float() for factor in _factors(self.layer))
+            return _cast(parts[0], dtype)
+        weight, a, b = (part.float() for part in parts)
         turned = isinstance(self.layer, lora.Embedding) or self.layer.fan_in_fan_out  # stored as (in, out)
         delta = (b @ a).T if turned else b @ a
-        return _cast(self.tensor.detach().float() + delta * self.layer.scaling[ADAPTER], dtype).cpu()
+        return _cast(weight + delta * self.layer.scaling[ADAPTER], dtype)
 
 
 def write_model(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype, world: World) -> None:
@@ -70,17 +70,28 @@ def write_model(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.d
     total = 0
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
+        copies: list[list[torch.Tensor]] = []
         for weight in shard:
             with gathered(weight.parts):
                 if world.rank == 0:
-                    tensors |= _original(inner, weight.name, weight.value(dtype))
-        on_rank_0(world, lambda: save_file(tensors, folder / name, metadata={"format": "pt"}))  # noqa: B023
-        index |= dict.fromkeys(tensors, name)
-        total += _bytes(tensors.values())
+                    copies.append([part.detach().to("cpu", copy=True) for part in weight.parts])
+        written = on_rank_0(world, lambda: _write_shard(inner, shard, copies, dtype, folder / name))  # noqa: B023
+        index |= dict.fromkeys(written, name)
+        total += sum(written.values())
     if len(shards) > 1 and world.rank == 0:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_shard(
+    model: PreTrainedModel, shard: list[Weight], copies: list[list[torch.Tensor]], dtype: torch.dtype, file: Path
+) -> dict[str, int]:
+    """Writes one file; its tensors' names and sizes in bytes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for weight in shard:
+        tensors |= _original(model, weight.name, weight.value(copies.pop(0), dtype))
+    save_file(tensors, file, metadata={"format": "pt"})
+    return {name: _bytes([tensor]) for name, tensor in tensors.items()}
 
 
 def write_adapter(model: PeftModel, folder: Path, dtype: torch.dtype, world: World) -> None:
