@@ -1,0 +1,71 @@
+"""A real S3 server (versitygw) on this machine, for tests: `with s3_server(folder) as server: …`."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.tools.build import build
+
+_START_SECONDS: Final = 60
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server. Its buckets are the folders below `root`."""
+
+    endpoint: str
+    root: Path
+    environment: dict[str, str]  # what a client needs: endpoint, region and credentials
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """Serves the folders below `folder`/buckets; stops when the block is left."""
+    root, attributes = folder / "buckets", folder / "attributes"
+    root.mkdir()
+    attributes.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    access, secret = "finetune-test", "finetune-test-secret"
+    server = subprocess.Popen(
+        [build("versitygw"), "--port", f"127.0.0.1:{port}", "--quiet", "posix", "--sidecar", attributes, root],
+        env={"ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(port)
+        yield S3Server(
+            endpoint=f"http://127.0.0.1:{port}",
+            root=root,
+            environment={
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": access,
+                "AWS_SECRET_ACCESS_KEY": secret,
+                "AWS_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            },
+        )
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_for(port: int) -> None:
+    end = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return

@@ -1,0 +1,121 @@
+"""Rows in a bucket, read from a real S3 server, and folders published to it."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api.errors import StorageError
+from finetune_trainer import storage
+from finetune_trainer.prepare import prepare
+from tests.s3 import S3Server, s3_server
+from tests.tiny import tiny_llama
+from tests.trainer.jobs import Prepared, chats, jsonl, run_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        rows = server.root / "data" / "rows"
+        rows.mkdir(parents=True)
+        (rows / "a.jsonl").write_bytes(jsonl(chats(30)))
+        (rows / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(chats(60)[30:])))
+        yield server
+
+
+@pytest.fixture
+def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in running.environment.items():
+        monkeypatch.setenv(name, value)
+    return running
+
+
+def test_rows_in_a_bucket_give_the_shards_of_local_rows(tmp_path: Path, model: Path, server: S3Server) -> None:
+    data = {"train": [{"uri": "s3://data/rows"}], "evaluationFraction": 0.2}
+    remote = Prepared(run_config(tmp_path, model, data), workers=1)
+    (tmp_path / "rows").symlink_to(server.root / "data" / "rows")
+    data["train"] = [{"uri": (server.root / "data" / "rows").as_uri()}]
+    local = Prepared(run_config(tmp_path, model, data, work="other"))
+    shards = {name: content for name, content in local.files().items() if name.endswith(".arrow")}
+    assert len(shards) == 2
+    assert {name: remote.files()[name] for name in shards} == shards
+    assert remote.manifest.key == local.manifest.key
+    assert [source.uri for source in remote.manifest.sources] == ["s3://data/rows/a.jsonl", "s3://data/rows/b.jsonl.gz"]
+
+
+def _refused(folder: Path, model: Path, uri: str) -> StorageError:
+    with pytest.raises(StorageError) as caught:
+        prepare(run_config(folder, model, {"train": [{"uri": uri}]}), workers=0)
+    assert caught.value.where == uri
+    assert "secret" not in str(caught.value)
+    assert "→" in str(caught.value), "it says what to do"
+    return caught.value
+
+
+def test_a_missing_key_is_named(tmp_path: Path, model: Path, server: S3Server) -> None:
+    assert "no such file or folder" in _refused(tmp_path, model, "s3://data/other.jsonl").what
+
+
+def test_a_missing_bucket_is_named(tmp_path: Path, model: Path, server: S3Server) -> None:
+    assert "no such file or folder" in _refused(tmp_path, model, "s3://other/rows.jsonl").what
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_refused_credentials_are_told_in_the_buckets_words(
+    tmp_path: Path, model: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "wrong-secret")
+    assert "AWS Error" in _refused(tmp_path, model, "s3://data/rows/a.jsonl").what
+
+
+def test_a_server_that_is_not_there_is_told(
+    tmp_path: Path, model: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert "NETWORK_CONNECTION" in _refused(tmp_path, model, "s3://data/rows/a.jsonl").what
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_published_to_a_bucket(tmp_path: Path, server: S3Server) -> None:
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "weights").write_bytes(b"1" * 100_000)
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    target = storage.resolve("s3://data/published/run", tmp_path)
+    storage.publish(tmp_path / "out", target, last="manifest.json")
+    assert _tree(server.root / "data" / "published" / "run") == _tree(tmp_path / "out")
+    assert storage.exists(target)
+
+
+def test_a_publication_that_breaks_off_leaves_no_marker(tmp_path: Path, server: S3Server) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    target = storage.resolve("s3://data/broken", tmp_path)
+    storage.publish(tmp_path / "out", target, last="manifest.json")
+    (tmp_path / "out" / "weights").write_bytes(b"")
+    (server.root / "data" / "broken" / "weights" / "in-the-way").mkdir(parents=True)
+    with pytest.raises(StorageError):
+        storage.publish(tmp_path / "out", target, last="manifest.json")
+    assert not (server.root / "data" / "broken" / "manifest.json").exists()
+
+
+def test_a_folder_is_published_to_a_disk_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("new")
+    target = storage.resolve("published", tmp_path)
+    assert target.local is not None
+    target.local.mkdir()
+    (target.local / "old").write_text("old")
+    storage.publish(tmp_path / "out", target, last="manifest.json")
+    assert _tree(target.local) == {"manifest.json": b"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "published"]
