@@ -46,6 +46,7 @@ from finetune_trainer.prepare.sources import (
     refuse_unavailable,
 )
 from finetune_trainer.prepare.work import Result, Settings, Task, first_format
+from finetune_trainer.sampling import permutation
 from finetune_trainer.tokenizer import check_model_folder, tokenizer_sha256
 
 Progress = Callable[[float, float, str], None]  # done, total, what is being done
@@ -156,6 +157,10 @@ def _write_split(
 ) -> SplitFacts:
     """Packs the documents and writes the split's shards."""
     writer = ShardWriter(folder, split)
+    if packing:
+        # Documents of one length fill a sequence in the order they come: without this they would all be of one source,
+        # and what a step learns from would not be the mixture.
+        documents = documents[permutation(0, 0, len(documents))]
     sizes = collection.sizes[documents]
     sequence = pack(sizes, capacity) if packing else np.arange(len(documents))
     order = np.argsort(sequence, kind="stable")
