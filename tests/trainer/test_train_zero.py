@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from finetune_api.run import EXPORT, METRICS_FILE, RunConfig
+from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RunConfig
 from finetune_trainer.dataset import PackedDataset, PackedSequence
-from finetune_trainer.reporter import read_metrics
+from finetune_trainer.reporter import MetricsFile, read_metrics
 from finetune_trainer.sampling import order
+from finetune_trainer.train import train
 from tests.tiny import tiny_llama
 from tests.trainer.runs import documents, prepare_sequences, run_config
 from tests.trainer.workers import train_with_workers
@@ -95,7 +98,7 @@ def plain_loop(run: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
         {"params": [m for m in masters.values() if m.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], eps=training.epsilon)
-    data = PackedDataset(Path(run.work) / "prepared", "train")
+    data = PackedDataset(Path(run.work) / PREPARED, "train")
     plan = order(training, len(data), run.spec.data.sequence_length)
     rates = [event["learningRate"] for event in steps(run)]
     losses = []
@@ -139,6 +142,17 @@ def test_losses_are_those_of_a_plain_loop(runs: Any, plain: Any, stage: int, tun
     ours = [event["loss"] for event in steps(runs[stage, tuning, precision])]
     theirs, _ = plain[tuning, precision]
     assert ours == pytest.approx(theirs, rel=1e-5 if precision == "fp32" else 2**-8)
+
+
+def test_one_worker_takes_the_same_samples_as_two(runs: Any, tmp_path: Path) -> None:
+    two = runs[2, "full", "fp32"]
+    shutil.copytree(Path(two.work) / PREPARED, tmp_path / PREPARED)
+    one = two.model_copy(update={"work": str(tmp_path)})
+    with MetricsFile(tmp_path / METRICS_FILE) as metrics:
+        train(one, metrics)
+    keys = ("loss", "tokens", "targetTokens", "gradNorm")
+    alone, together = ([[event[key] for key in keys] for event in steps(run)] for run in (one, two))
+    assert np.array(alone) == pytest.approx(np.array(together), rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "tuning"), sorted({case[:2] for case in CASES}))

@@ -83,7 +83,7 @@ def newest_good(folder: Path, world: World) -> tuple[Checkpoint | None, list[Pat
 
     Each worker reads its share of the files.
     """
-    broken = []
+    broken: list[Path] = []
     for found in world.from_first(list(complete(folder))):
         mine = sorted(found.files)[world.rank :: world.size]
         wrong = sum(_sha256(found.folder / path) != found.files[path]["sha256"] for path in mine)

@@ -46,4 +46,5 @@ def _between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) 
         return after - before
     assert isinstance(before, torch.cuda.Event)
     assert isinstance(after, torch.cuda.Event)
-    return before.elapsed_time(after) / 1000
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds / 1000

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from finetune_api.errors import SpecError
 from finetune_api.job import FinetuneJobSpec, Training
 from finetune_trainer.batches import collate
 from finetune_trainer.dataset import PackedSequence
@@ -26,7 +27,13 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
 
     Args:
         accumulation: micro-batches of one worker in each optimizer step.
+
+    Raises:
+        ModelError: the model does not load.
+        SpecError: LoRA's target modules are not the model's, or float16 is asked for on a CPU.
     """
+    if spec.training.precision == "fp16" and world.device.type == "cpu":
+        raise SpecError("fp16 needs a GPU", where="spec.training.precision", hint="use bf16 or fp32 on CPUs")
     _silence()
     deepspeed = _import_deepspeed(world)
     config = deepspeed_config(

@@ -119,8 +119,9 @@ class LanguageModelLoss(nn.Module):
             if not logits_error:
                 total: Tensor = self.output(hidden, batch.targets, batch.weights)
                 return total
-        logits = self.model(**inputs, logits_to_keep=batch.predicting).logits[0].float()
+        logits: Tensor = self.model(**inputs, logits_to_keep=batch.predicting).logits[0].float()
         if logits_error:
             assert self.output is not None
-            return (logits - self.output.linear(hidden).float()).abs().max() / logits.abs().max()
+            error: Tensor = (logits - self.output.linear(hidden).float()).abs().max() / logits.abs().max()
+            return error
         return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()

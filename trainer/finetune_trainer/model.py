@@ -28,7 +28,7 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
     """
     # transformers looks for this object through a weak reference while it loads, to shard each weight as it is read.
     zero3 = _announce_zero3(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
-    model = _from_pretrained(Path(path), DTYPES[spec.training.precision])
+    model: nn.Module = _from_pretrained(Path(path), DTYPES[spec.training.precision])
     if spec.method.tuning == "lora":
         torch.manual_seed(spec.training.seed)
         model = add_adapters(model, spec.method.lora)

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from finetune_api.errors import FinetuneError, Interrupted, TrainingError
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
@@ -130,7 +131,10 @@ class _Loop:
         if self.step == 0:
             self.evaluate()
         while self.step < self.order.steps:
-            asked = self.train_step(should_stop)
+            try:
+                asked = self.train_step(should_stop)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory() from error
             last = self.step == self.order.steps
             if last or (every and self.step % every == 0):
                 self.evaluate()
@@ -257,6 +261,13 @@ class _Loop:
         if self.skipped > (_SKIPS if self.training.precision == "fp16" else 0):
             raise self._diverged("the gradient", positions)
 
+    def _out_of_memory(self) -> TrainingError:
+        return TrainingError(
+            f"the GPU's memory is full in step {self.step + 1}, at {_peak_memory(self.world.device) / 2**30:.1f} GiB",
+            hint="lower training.microBatch or data.sequenceLength, set training.activationCheckpointing, use more "
+            "workers with deepspeed.zeroStage 3, or deepspeed.offload",
+        )
+
     def _diverged(self, what: str, positions: sampling.Positions) -> TrainingError:
         shown = ", ".join(str(p) for p in positions[:16]) + (" …" if len(positions) > 16 else "")
         return TrainingError(
@@ -288,6 +299,9 @@ def main(path: str) -> int:
     except FinetuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
