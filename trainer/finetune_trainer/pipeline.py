@@ -14,9 +14,10 @@ import pyarrow.fs as pafs
 from finetune_api.errors import Interrupted, SpecError, StorageError
 from finetune_api.files import load_job
 from finetune_api.job import FinetuneJobSpec
+from finetune_api.result import Result
 from finetune_api.run import CHECKPOINTS, METRICS_FILE, RUN_FILE, RunConfig
 from finetune_trainer import storage
-from finetune_trainer.finish import Price, Result, finish
+from finetune_trainer.finish import Price, finish
 from finetune_trainer.manifest import Manifest, write_json
 from finetune_trainer.prepare import prepare
 from finetune_trainer.progress import Display, TrainingStatus, count

@@ -83,8 +83,10 @@ def gradient_norm_chart(curves: Curves) -> str:
         norm = curves.gradient_norm.thinned()
         smooth = norm.smoothed()
         if smooth:
-            _line(axes, norm, "--faint", linewidth=1)
-        _from_zero(axes, smooth or norm)
+            _line(axes, smooth, "--accent", zorder=3)
+            _from_zero(axes, norm, "--faint", linewidth=1)
+        else:
+            _from_zero(axes, norm)
 
     return _svg("Gradient norm over steps", draw)
 
@@ -131,8 +133,8 @@ def _line(axes: Axes, curve: Curve, colour: str, **style: Any) -> None:
     axes.plot(curve.steps, curve.values, color=_COLOUR[colour], **style)
 
 
-def _from_zero(axes: Axes, curve: Curve) -> None:
-    _line(axes, curve, "--accent")
+def _from_zero(axes: Axes, curve: Curve, colour: str = "--accent", **style: Any) -> None:
+    _line(axes, curve, colour, **style)
     axes.set_ylim(bottom=0, top=1.12 * max([v for v in curve.values if v == v], default=1) or 1)
 
 

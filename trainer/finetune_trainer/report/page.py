@@ -76,7 +76,7 @@ def html(result: Result, curves: Curves) -> str:
         finished=datetime.fromtimestamp(result.finished, UTC).strftime("%-d %B %Y, %H:%M UTC"),
         tiles=tiles(result),
         failing=[p for p in result.prompts if p.tuned.outcome == "failed"],
-        worse=[p.prompt for p in got_worse(result.prompts)],
+        worse=got_worse(result.prompts),
         topics=topics(result.prompts),
         stages=shares(result.stages),
         charts=_charts(result, curves),
