@@ -10,7 +10,7 @@ Signatures lie on disk. In memory there are 8 bytes a row and one partition of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,14 +63,22 @@ class Duplicates:
     exact: npt.NDArray[np.bool_]
 
 
-def find_duplicates(hashes: Spill[np.uint64], minima: Spill[np.uint32] | None, threshold: float) -> Duplicates:
-    """Duplicates among rows, given a content hash of each; near ones too when `minima` has their signatures."""
+def find_duplicates(
+    hashes: Spill[np.uint64],
+    minima: Spill[np.uint32] | None,
+    threshold: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Duplicates:
+    """Duplicates among rows, given a content hash of each; near ones too when `minima` has their signatures.
+
+    `progress` gets the number of bands that are compared, and of all.
+    """
     original = np.full(len(hashes), -1, dtype=np.int64)
     for first, later in _runs(hashes):
         original[later] = first
     exact = original >= 0
     if minima is not None:
-        _near(minima, threshold, original)
+        _near(minima, threshold, original, progress)
     return Duplicates(original, exact)
 
 
@@ -115,11 +123,15 @@ def _pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.
     return firsts[later], rows[later]
 
 
-def _near(minima: Spill[np.uint32], threshold: float, original: npt.NDArray[np.int64]) -> None:
+def _near(
+    minima: Spill[np.uint32], threshold: float, original: npt.NDArray[np.int64], progress: Callable[[int, int], None]
+) -> None:
     """Adds near duplicates to `original`, in which exact ones already stand."""
     candidate = np.full(len(original), -1, dtype=np.int64)
     size = band_rows(threshold)
-    for band in range(PERMUTATIONS // size):
+    bands = PERMUTATIONS // size
+    for band in range(bands):
+        progress(band, bands)
         for first, later in _band_pairs(minima, slice(band * size, (band + 1) * size), original):
             alike = _similarity(minima, first, later) >= threshold
             first, later = first[alike], later[alike]

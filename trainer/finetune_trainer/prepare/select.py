@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -18,18 +19,20 @@ from finetune_trainer.prepare.sources import SourceFile
 _SAMPLING: Final = np.uint64(0x5851F42D4C957F2D)
 
 
-def select_documents(collection: Collection, files: list[SourceFile], data: Data) -> dict[Split, npt.NDArray[np.int64]]:
+def select_documents(
+    collection: Collection, files: list[SourceFile], data: Data, progress: Callable[[int, int], None]
+) -> dict[Split, npt.NDArray[np.int64]]:
     """Numbers of the documents of each split, in order; a document that is seen twice an epoch stands there twice.
 
     A pure function of the rows' hashes: neither the number of workers nor the order of files changes a row's fate,
     except that of two duplicates the earlier stays. Evaluation files come first, so a training row that repeats an
-    evaluation row is dropped: the yardstick stays as the user gave it.
+    evaluation row is dropped: the yardstick stays as the user gave it. `progress` follows the search for duplicates.
     """
     rows = len(collection.hashes)
     kept = np.ones(rows, dtype=np.bool_)
     if data.deduplicate != "none":
         minima = collection.minima if data.deduplicate == "near" else None
-        duplicates = find_duplicates(collection.hashes, minima, data.near_duplicate_threshold)
+        duplicates = find_duplicates(collection.hashes, minima, data.near_duplicate_threshold, progress)
         kept = duplicates.original < 0
         _report(collection, files, duplicates)
     in_train = np.concatenate(

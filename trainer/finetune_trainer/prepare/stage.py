@@ -114,7 +114,9 @@ def _write(
             tokenizer = pool.facts()
             collection.gather(_reported(pool.map(_tasks(files)), files, progress))
         check_unchanged(files)
-        documents = select_documents(collection, files, data)
+        documents = select_documents(
+            collection, files, data, lambda done, total: progress(done, total, "find duplicates")
+        )
         if not len(documents["train"]):
             raise DataError(
                 "no row is left to train on",
@@ -225,7 +227,15 @@ def _settings(run: RunConfig) -> Settings:
 def _workers(files: list[SourceFile]) -> int:
     """One process for each core this process may use, or fewer for little data."""
     share = sum(file.stored.size for file in files) // _BYTES_A_WORKER
-    return int(max(1, min(len(os.sched_getaffinity(0)), share)))
+    return max(1, min(_cores(), share))
+
+
+def _cores() -> int:
+    """Cores that this process may use: of a container's limit, too, which the scheduler's affinity does not show."""
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def _ready(prepared: Path, key: str) -> Manifest | None:
