@@ -109,9 +109,7 @@ class _Loop:
         for folder in broken:
             self.report("warning", message=f"{folder.name} is damaged: going on from the checkpoint before it")
         if found:
-            checkpoint.load(
-                self.engine, found, self.world, identity=self.identity, trained_only=self.adapters_only
-            )
+            checkpoint.load(self.engine, found, self.world, identity=self.identity, trained_only=self.adapters_only)
             self.step = found.step
         total, trained = flops.parameters(self.engine.module)
         self.report(
@@ -152,7 +150,7 @@ class _Loop:
         """
         started = time.perf_counter()
         positions = self.order.positions(self.step)
-        target = float(self.data.targets[positions].sum())
+        target = float(self.data.targets[positions].sum()) or 1.0       # 1 where nothing is learned: the loss is 0
         rate = learning_rate(self.step, self.order.steps, self.training)
         set_learning_rate(self.engine, rate)
         self._seed_dropout()
@@ -235,9 +233,7 @@ class _Loop:
 
     def _batches(self, data: PackedDataset, positions: sampling.Positions, count: int) -> Iterator[MicroBatch]:
         size = self.training.micro_batch
-        found = micro_batches(
-            data, positions, rank=self.world.rank, world_size=self.world.size, size=size, count=count
-        )
+        found = micro_batches(data, positions, rank=self.world.rank, world_size=self.world.size, size=size, count=count)
         return (batch.to(self.world.device) for batch in found)
 
     def _seed_dropout(self) -> None:
@@ -273,8 +269,7 @@ class _Loop:
         return TrainingError(
             f"{what} of step {self.step + 1} is not finite; training sequences of its batch: {shown}",
             where=str(Path(self.run_config.work) / METRICS_FILE),
-            hint="lower training.learningRate, raise warmup, or use precision bf16 or fp32; "
-            "the last checkpoint is from before it",
+            hint="lower training.learningRate, raise warmup, or use precision bf16 or fp32; no checkpoint holds this step",
         )
 
 
