@@ -269,7 +269,7 @@ class _Loop:
         return TrainingError(
             f"{what} of step {self.step + 1} is not finite; training sequences of its batch: {shown}",
             where=str(Path(self.run_config.work) / METRICS_FILE),
-            hint="lower training.learningRate, raise warmup, or use precision bf16 or fp32; no checkpoint holds this step",
+            hint="lower training.learningRate, raise warmup, or use bf16 or fp32; no checkpoint holds this step",
         )
 
 
