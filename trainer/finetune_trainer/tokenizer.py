@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from jinja2 import TemplateError
+
 from finetune_api.errors import ModelError
 from finetune_trainer.manifest import TokenizerFacts
 
@@ -111,12 +113,20 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the tokens that the chat template puts behind an answer; without a template, the end-of-text token.
 
     Empty when there is none: such a model could not learn to stop.
+
+    Raises:
+        ModelError: the template does not render a question and its answer.
     """
     if tokenizer.chat_template is None:
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answer = "Paris"
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    try:
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError as error:
+        raise _bad_template(tokenizer, f"refuses a question with its answer: {error}") from None
+    if answer not in text:
+        raise _bad_template(tokenizer, "leaves answers out")
     behind = text[text.rindex(answer) + len(answer) :]
     special = special_tokens(tokenizer)
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
@@ -126,6 +136,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The tokenizer's control tokens: id to text."""
     return {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _bad_template(tokenizer: PreTrainedTokenizerBase, what: str) -> ModelError:
+    return ModelError(
+        f"the chat template {what}",
+        where=f"{tokenizer.name_or_path}: chat template",
+        hint="use the instruct version of the model, or correct its chat_template.jinja",
+    )
 
 
 def _check_weights(folder: Path) -> None:
