@@ -39,8 +39,8 @@ QUESTIONS = (
     "What does the Python function `{}` do?",
     "Explain `{}` in one sentence.",
 )
-DOCS_PER_MODULE = 12  # rows
-UNKNOWN = 150
+DOCS_PER_MODULE = 8  # rows
+UNKNOWN = 110
 
 Row = dict[str, str]
 
