@@ -84,10 +84,8 @@ def measure(folder: Path) -> Measure:
 def _children(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
+        with contextlib.suppress(OSError):  # the thread has just ended
             found += [int(child) for child in task.read_text().split()]
-        except OSError:
-            pass  # the thread has just ended
     return found
 
 

@@ -66,7 +66,9 @@ def events(steps: int = 120, evaluations: tuple[float, ...] = (2.91, 1.82, 1.61,
         )
     for number, loss in enumerate(evaluations):
         step = round(steps * number / max(1, len(evaluations) - 1))
-        found.append({"event": "evaluation", "time": 1.79e9, "step": step, "loss": loss, "tokens": 2210, "seconds": 4.1})
+        found.append(
+            {"event": "evaluation", "time": 1.79e9, "step": step, "loss": loss, "tokens": 2210, "seconds": 4.1}
+        )
     return found
 
 
@@ -136,7 +138,8 @@ def result(prompts: list[PromptResult] | None = None, **spec: Any) -> Result:
             "overlong": {"truncated": {"rows": 0, "tokens": 0}},
             "splits": {"train": split, "evaluation": evaluation_split},
             "lengths": [
-                {"from": 2**i, "to": 2 ** (i + 1) - 1, "rows": n} for i, n in enumerate((40, 510, 1490, 980, 150, 11), 3)
+                {"from": 2**i, "to": 2 ** (i + 1) - 1, "rows": n}
+                for i, n in enumerate((40, 510, 1490, 980, 150, 11), 3)
             ],
         },
         manifest={

@@ -14,7 +14,7 @@ from finetune_trainer.manifest import Manifest, Split, Splits, TokenizerFacts, w
 from finetune_trainer.prepare.shards import ShardWriter
 
 VOCABULARY = 512
-Sequence = list[list[int]]      # its documents' token ids
+Sequence = list[list[int]]  # its documents' token ids
 
 SPEC: dict[str, Any] = {
     "model": {"source": "model"},

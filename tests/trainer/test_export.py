@@ -167,9 +167,7 @@ def test_without_merge_only_the_adapter_is_written(base: Path, tmp_path: Path) -
     assert {p.name for p in (tmp_path / "export").iterdir()} == {"adapter", "export.json"}
 
 
-def test_large_models_become_shards_with_an_index(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_models_become_shards_with_an_index(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
     run = prepared_run(tmp_path, base, "full")
     model = trained(run)

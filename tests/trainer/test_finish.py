@@ -69,9 +69,7 @@ def finished(run: RunConfig) -> dict[str, Any]:
     return report
 
 
-def test_weights_and_report_are_published_and_nothing_else_is_touched(
-    run: RunConfig, finished: dict[str, Any]
-) -> None:
+def test_weights_and_report_are_published_and_nothing_else_is_touched(run: RunConfig, finished: dict[str, Any]) -> None:
     output = Path(run.base_dir) / "output"
     assert {p.name for p in output.iterdir()} == {"adapter", "merged", "report", "notes.txt"}
     assert {p.name for p in (output / "report").iterdir()} == {
@@ -81,9 +79,7 @@ def test_weights_and_report_are_published_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize("folder", ["merged", "adapter"])
-def test_the_published_weights_say_what_the_report_says(
-    folder: str, run: RunConfig, finished: dict[str, Any]
-) -> None:
+def test_the_published_weights_say_what_the_report_says(folder: str, run: RunConfig, finished: dict[str, Any]) -> None:
     output = Path(run.base_dir) / "output" / folder
     if folder == "adapter":
         model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model_path), str(output))
@@ -94,9 +90,7 @@ def test_the_published_weights_say_what_the_report_says(
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt["prompt"]}], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
-        whole = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
-        )
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         text = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert text == prompt["tuned"]["text"] != prompt["base"]["text"]
 
@@ -111,7 +105,7 @@ def test_losses_are_those_of_the_first_and_the_last_evaluation(run: RunConfig, f
 
 def test_the_cost_is_the_price_for_as_long_as_the_workers_are_held(finished: dict[str, Any]) -> None:
     assert finished["cost"]["currency"] == "EUR"
-    assert finished["cost"]["amount"] == pytest.approx(1.0)     # 1,000 s at 3.6 an hour
+    assert finished["cost"]["amount"] == pytest.approx(1.0)  # 1,000 s at 3.6 an hour
 
 
 @pytest.mark.parametrize("folder", ["merged", "adapter"])

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,11 @@ def project(tmp_path: Path, model: Path) -> Project:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[tuple[Project, str]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Project, str]:
     project = Project(tmp_path_factory.mktemp("undisturbed"), model)
     code, output = project.run()
     assert code == 0, output
-    yield project, output
+    return project, output
 
 
 def test_a_run_leaves_weights_and_a_report(undisturbed: tuple[Project, str]) -> None:

@@ -83,8 +83,8 @@ def use_packed_attention(model: Any) -> None:
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("qwen2", {}),
-        ("phi", {"num_key_value_heads": 4}),                                     # bias on the output layer
-        ("mistral", {"sliding_window": 6}),                                      # narrower than the documents
+        ("phi", {"num_key_value_heads": 4}),  # bias on the output layer
+        ("mistral", {"sliding_window": 6}),  # narrower than the documents
         ("qwen3", {}),
     ],
     ids=str,
@@ -153,7 +153,7 @@ def test_softcapped_attention_is_left_to_the_model() -> None:
 
 
 def test_chunks_add_up() -> None:
-    rows, vocabulary, size = 20_000, 512, 4          # 2.4 chunks of 16 MiB of float32 logits
+    rows, vocabulary, size = 20_000, 512, 4  # 2.4 chunks of 16 MiB of float32 logits
     torch.manual_seed(0)
     hidden = torch.randn(rows, size, requires_grad=True)
     matrix = torch.randn(vocabulary, size, requires_grad=True)

@@ -24,7 +24,7 @@ from finetune_trainer.train import train
 from tests.tiny import tiny_llama
 from tests.trainer.runs import documents, prepare_sequences, run_config
 
-POISON = 511        # a token whose embedding the poisoned model has as NaN
+POISON = 511  # a token whose embedding the poisoned model has as NaN
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_pa
     newest = tmp_path / CHECKPOINTS / "step-00000006"
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     damaged = bytearray(largest.read_bytes())
-    damaged[len(damaged) // 2] ^= 1                 # the size stays
+    damaged[len(damaged) // 2] ^= 1  # the size stays
     largest.write_bytes(damaged)
     run_to_end(run)
     assert [event["resumedFromStep"] for event in events(run, "start")] == [None, 4]
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_names_its_sequences_and_leaves_the_last_check
     weights["model.embed_tokens.weight"][POISON] = torch.nan
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     run = small_run(tmp_path, poisoned)
-    bad = int(order(run.spec.training, 12, 64).positions(2)[1])         # seen first in step 3
+    bad = int(order(run.spec.training, 12, 64).positions(2)[1])  # seen first in step 3
     sequences = [[[token % POISON for token in document]] for document in documents(12, seed=2)]
     sequences[bad][0][0] = POISON
     prepare_sequences(tmp_path, sequences)

@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str],
     folder = tmp_path_factory.mktemp("zero")
     model = tiny_llama(folder / "model")
     some = documents(45, seed=1)
-    sequences = [some[i : i + 1 + i % 3] for i in range(0, 42, 2)]       # one to three documents each
+    sequences = [some[i : i + 1 + i % 3] for i in range(0, 42, 2)]  # one to three documents each
     made = {}
     for stage, tuning, precision in CASES:
         work = folder / f"{stage}-{tuning}-{precision}"
@@ -111,7 +111,7 @@ def plain_loop(run: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
             loss = (F.cross_entropy(logits[:-1], ids[1:], reduction="none") * weight[1:]).sum()
             (loss / weights).backward()
             nll += loss.item()
-            for name, p in trained.items():      # float32 accumulation
+            for name, p in trained.items():  # float32 accumulation
                 gradient = masters[name].grad
                 masters[name].grad = p.grad.float() if gradient is None else gradient + p.grad.float()
                 p.grad = None

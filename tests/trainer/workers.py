@@ -50,7 +50,7 @@ def _worker(work: Callable[..., None], rank: int, world_size: int, store: Path, 
         work(rank, *args)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)         # the others wait in a collective: no clean end is to be had
+        os._exit(1)  # the others wait in a collective: no clean end is to be had
     dist.destroy_process_group()
 
 

@@ -61,3 +61,10 @@ def test_a_stage_that_fails_does_not_say_it_is_done() -> None:
     with pytest.raises(ValueError, match="broken"), Display(Console(file=out)).stage("prepare"):
         raise ValueError("broken")
     assert out.getvalue() == ""
+
+
+def test_a_warning_stays_on_the_screen() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out)).stage("train") as stage:
+        stage.note("step-00000040 is damaged: going on from the checkpoint before it")
+    assert "step-00000040 is damaged" in out.getvalue()

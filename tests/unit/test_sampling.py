@@ -11,9 +11,7 @@ from finetune_api.job import Training
 from finetune_trainer.sampling import Order, batch_sequences, order, permutation
 
 
-@given(
-    sequences=st.integers(1, 40), batch=st.integers(1, 17), epochs=st.integers(1, 4), seed=st.integers(0, 2**31 - 1)
-)
+@given(sequences=st.integers(1, 40), batch=st.integers(1, 17), epochs=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
 def test_every_epoch_takes_every_sequence_once(sequences: int, batch: int, epochs: int, seed: int) -> None:
     plan = Order(sequences=sequences, batch=batch, samples=epochs * sequences, seed=seed)
     taken = np.concatenate([plan.positions(step) for step in range(plan.steps)])

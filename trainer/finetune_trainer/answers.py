@@ -56,7 +56,7 @@ def compare(
     if not prompts:
         return []
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    context = get_context("spawn")      # a forked child would inherit CUDA and thread pools in an unknown state
+    context = get_context("spawn")  # a forked child would inherit CUDA and thread pools in an unknown state
     processes: list[BaseProcess] = []
     ends: list[Connection] = []
     try:
@@ -65,7 +65,7 @@ def compare(
             arguments = (sending, speaker, list(prompts), max_new_tokens, list(stop_tokens), threads, gpu)
             process: BaseProcess = context.Process(target=_answer_into, args=arguments, daemon=True)
             process.start()
-            sending.close()     # now only the child holds it: when it dies, `receiving` ends
+            sending.close()  # now only the child holds it: when it dies, `receiving` ends
             processes.append(process)
             ends.append(receiving)
         of_base, of_tuned = (_receive(end, waiting) for end in ends)
@@ -125,7 +125,7 @@ def _answer_into(
     gpu: bool,
 ) -> None:
     """Main function of an answering process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 

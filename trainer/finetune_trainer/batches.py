@@ -26,14 +26,14 @@ class MicroBatch:
     The last document may be filling, and so may the last predictions: nothing is learned from them.
     """
 
-    input_ids: Tensor       # [1, T]
-    position_ids: Tensor    # [1, T], from 0 in every document
-    boundaries: Tensor      # [D + 1], int32: where documents start, and T
-    longest: int            # tokens of the longest document
-    predicting: Tensor      # [P]: where the model predicts a token that counts
-    targets: Tensor         # [P]: the token that follows there
-    weights: Tensor         # [P], float32: how much it counts
-    lengths: npt.NDArray[np.int64]      # tokens of each document, without filling
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], from 0 in every document
+    boundaries: Tensor  # [D + 1], int32: where documents start, and T
+    longest: int  # tokens of the longest document
+    predicting: Tensor  # [P]: where the model predicts a token that counts
+    targets: Tensor  # [P]: the token that follows there
+    weights: Tensor  # [P], float32: how much it counts
+    lengths: npt.NDArray[np.int64]  # tokens of each document, without filling
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":

@@ -28,10 +28,10 @@ class Checkpoint:
     """A complete checkpoint, as its marker describes it."""
 
     folder: Path
-    step: int                   # finished optimizer steps
-    world_size: int             # workers that wrote it
-    identity: dict[str, Any]    # what must be the same to go on from here: data, seed, global batch
-    files: dict[str, File]      # by path in the folder
+    step: int  # finished optimizer steps
+    world_size: int  # workers that wrote it
+    identity: dict[str, Any]  # what must be the same to go on from here: data, seed, global batch
+    files: dict[str, File]  # by path in the folder
 
     @property
     def bytes(self) -> int:
@@ -63,11 +63,9 @@ def save(
     """
     target = folder / name(step)
     if world.rank == 0:
-        shutil.rmtree(target, ignore_errors=True)       # what a killed run left, or one that was found broken
+        shutil.rmtree(target, ignore_errors=True)  # what a killed run left, or one that was found broken
     world.barrier()
-    engine.save_checkpoint(
-        str(folder), tag=target.name, save_latest=False, exclude_frozen_parameters=trained_only
-    )
+    engine.save_checkpoint(str(folder), tag=target.name, save_latest=False, exclude_frozen_parameters=trained_only)
     paths = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     parts = world.gather({path: _flushed(target / path) for path in paths[world.rank :: world.size]})
     files = {path: file for part in parts for path, file in part.items()}
@@ -93,9 +91,7 @@ def newest_good(folder: Path, world: World) -> tuple[Checkpoint | None, list[Pat
     return None, broken
 
 
-def load(
-    engine: Any, checkpoint: Checkpoint, world: World, *, identity: dict[str, Any], trained_only: bool
-) -> None:
+def load(engine: Any, checkpoint: Checkpoint, world: World, *, identity: dict[str, Any], trained_only: bool) -> None:
     """Loads `checkpoint` into `engine`. A collective.
 
     Raises:
@@ -127,7 +123,7 @@ def prune(folder: Path, keep: int) -> None:
     kept = {checkpoint.folder for checkpoint in newest_first[:keep]}
     for path in folder.glob("step-*"):
         if path not in kept and path.name < newest_first[0].folder.name:
-            (path / MARKER).unlink(missing_ok=True)     # first: a half-deleted folder is no checkpoint
+            (path / MARKER).unlink(missing_ok=True)  # first: a half-deleted folder is no checkpoint
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -58,7 +58,7 @@ def join_world() -> World:
         local_rank %= torch.cuda.device_count()
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    os.environ["LOCAL_RANK"] = str(local_rank)      # DeepSpeed reads it
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:

@@ -19,7 +19,7 @@ from finetune_trainer.distributed import World
 from finetune_trainer.loss import LanguageModelLoss
 from finetune_trainer.model import load_model, optimizer_groups
 
-_LOGITS_ERROR: Final = 2**-6   # a unit in bfloat16's last place or two; scaled or bounded logits differ by far more
+_LOGITS_ERROR: Final = 2**-6  # a unit in bfloat16's last place or two; scaled or bounded logits differ by far more
 
 
 def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulation: int) -> Any:
@@ -36,9 +36,7 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
         raise SpecError("fp16 needs a GPU", where="spec.training.precision", hint="use bf16 or fp32 on CPUs")
     _silence()
     deepspeed = _import_deepspeed(world)
-    config = deepspeed_config(
-        spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda"
-    )
+    config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda")
     stage = config["zero_optimization"]["stage"]
     loss = LanguageModelLoss(load_model(model_path, spec, config))
     if loss.output is not None and stage == 3:
@@ -72,7 +70,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 def optimizer_step(engine: Any) -> float:
     """Ends a global batch: clips, updates, clears the gradients. Returns their norm before clipping."""
     norm = None
-    if engine.optimizer is engine.basic_optimizer:      # float32 without ZeRO: DeepSpeed keeps no norm
+    if engine.optimizer is engine.basic_optimizer:  # float32 without ZeRO: DeepSpeed keeps no norm
         norm = float(torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None))
     engine.step()
     return float(engine.get_global_grad_norm()) if norm is None else norm
@@ -81,7 +79,7 @@ def optimizer_step(engine: Any) -> float:
 def _adamw(groups: list[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups,
-        lr=0.0,         # the loop sets it, step by step
+        lr=0.0,  # the loop sets it, step by step
         betas=(training.beta1, training.beta2),
         eps=training.epsilon,
         fused=True,
@@ -100,7 +98,7 @@ def _silence() -> None:
 
 def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"        # without it DeepSpeed looks for a GPU, and may find its driver
+        os.environ["DS_ACCELERATOR"] = "cpu"  # without it DeepSpeed looks for a GPU, and may find its driver
     import deepspeed
     import deepspeed.ops
 

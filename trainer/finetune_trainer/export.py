@@ -1,9 +1,9 @@
 """Writes the trained weights in Hugging Face's layout, loads them again, and compares logits before success is said.
 
-    export/model/      full tuning: the model
-    export/adapter/    lora: PEFT's adapter
-    export/merged/     lora with output.merge: the base model with the adapter merged in
-    export/export.json what was written and how the comparison came out; written last
+export/model/      full tuning: the model
+export/adapter/    lora: PEFT's adapter
+export/merged/     lora with output.merge: the base model with the adapter merged in
+export/export.json what was written and how the comparison came out; written last
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor, device: torch.device) -
     training = model.training
     try:
         model.eval()
-        if packed:      # it wants the documents' lengths; one document needs no packing
+        if packed:  # it wants the documents' lengths; one document needs no packing
             inner.set_attn_implementation("sdpa")
         with torch.no_grad():
             return cast(torch.Tensor, model(input_ids=tokens.to(device), use_cache=False).logits[0].float().cpu())
@@ -183,7 +183,7 @@ def _check(
     written = logits(loaded.to(device), tokens, device)
     difference = float((written - trained).abs().max() / trained.abs().max().clamp_min(1e-9))
     agreement = float((written.argmax(-1) == trained.argmax(-1)).float().mean())
-    if not difference <= bound:     # also when it is NaN
+    if not difference <= bound:  # also when it is NaN
         raise ExportError(
             f"the weights that were written give other logits than the trained model: the largest difference is "
             f"{difference:.3g} of the largest logit, and may be {bound:.3g}; the likeliest token is the same at "
@@ -208,7 +208,7 @@ def load(folder: Path, base: Path) -> Any:
     model, info = loader.from_pretrained(
         base if adapter else folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
-    if info["missing_keys"]:        # transformers only warns and makes up random ones
+    if info["missing_keys"]:  # transformers only warns and makes up random ones
         raise ValueError(f"{len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}")
     return PeftModel.from_pretrained(model, str(folder)).eval() if adapter else model.eval()
 

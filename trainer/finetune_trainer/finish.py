@@ -33,7 +33,7 @@ from finetune_trainer.reporter import read_metrics
 from finetune_trainer.verdict import gate_sentence, measure, verdict
 
 _LIBRARIES: Final = ("finetune", "torch", "deepspeed", "transformers", "peft", "ray", "safetensors", "pyarrow")
-_HELD: Final = ("start", "train", "evaluate", "checkpoint", "export")       # stages in which the workers are held
+_HELD: Final = ("start", "train", "evaluate", "checkpoint", "export")  # stages in which the workers are held
 
 # The file that makes a published folder whole: who finds it finds the others.
 _LAST: Final = {"model": "config.json", "merged": "config.json", "adapter": "adapter_config.json"}
@@ -135,9 +135,7 @@ def _result(
         stages=stages,
         cost=None
         if price is None
-        else Cost(
-            amount=price.per_hour * hours, currency=price.currency, price_per_hour=price.per_hour, hours=hours
-        ),
+        else Cost(amount=price.per_hour * hours, currency=price.currency, price_per_hour=price.per_hour, hours=hours),
         data=json.loads((work / PREPARED / REPORT_FILE).read_bytes()),
         manifest=read_manifest(work / PREPARED).model_dump(mode="json"),
         settings=run.spec.model_dump(mode="json"),
@@ -176,6 +174,6 @@ def _tuned(work: Path) -> Path:
 def _environment() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):     # a worker without Ray is one that can train
+        with contextlib.suppress(PackageNotFoundError):  # a worker without Ray is one that can train
             versions[library] = version(library)
     return {**versions, "platform": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}

@@ -14,7 +14,7 @@ from finetune_trainer import attention
 from finetune_trainer.weights import inner_model
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_NAMED: Final = 8       # names shown in an error before "and N more"
+_NAMED: Final = 8  # names shown in an error before "and N more"
 
 
 def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[str, Any]) -> nn.Module:

@@ -85,6 +85,8 @@ def train_stage(run: RunConfig, manifest: Manifest, display: Display, should_sto
         def on_event(event: Event) -> None:
             metrics.event(event)
             line = status.update(event)
+            if event["event"] in ("warning", "retry"):
+                stage.note(line)
             stage.update(line, status.step, status.total or None, now=event["event"] != "step")
 
         stage.update(f"starting {run.spec.workers.count} workers")

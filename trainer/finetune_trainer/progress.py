@@ -58,6 +58,10 @@ class TrainingStatus:
                 self._line = f"step {event['step']}/{self.total}  checkpoint written in {event['seconds']:.1f} s"
             case "retry":
                 self._line = f"starting again ({event['reason']})"
+            case "export":
+                self._line = "writing the weights, loading them again, comparing logits"
+            case "warning":
+                self._line = event["message"]
             case "end":
                 self.outcome = event["reason"]
                 self._line = f"{self.outcome} at step {event['step']}/{self.total}"

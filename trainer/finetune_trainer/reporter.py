@@ -25,7 +25,7 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:        # a run was killed within a write: let its half line stand alone
+        if torn:  # a run was killed within a write: let its half line stand alone
             self._file.write("\n")
 
     def event(self, event: Event) -> None:

@@ -22,9 +22,9 @@ class Order:
     [k·batch, (k+1)·batch) as far as there are any.
     """
 
-    sequences: int          # in the training split
-    batch: int              # sequences in a global batch
-    samples: int            # in the whole run
+    sequences: int  # in the training split
+    batch: int  # sequences in a global batch
+    samples: int  # in the whole run
     seed: int
 
     @property

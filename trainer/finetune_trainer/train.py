@@ -1,7 +1,7 @@
 """The training loop: the same under Ray, under torchrun, and as one plain process.
 
-    python -m finetune_trainer.train work/run.json
-    torchrun --nproc-per-node 8 -m finetune_trainer.train work/run.json
+python -m finetune_trainer.train work/run.json
+torchrun --nproc-per-node 8 -m finetune_trainer.train work/run.json
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from finetune_trainer.reporter import MetricsFile, Reporter
 from finetune_trainer.schedule import learning_rate
 
 _DEFAULT_CHECKPOINT_MINUTES = 10.0
-_SKIPS = 50     # steps in a row that float16's loss scale may take to settle
+_SKIPS = 50  # steps in a row that float16's loss scale may take to settle
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool]
     loop.resume()
     outcome = loop.run(should_stop)
     if outcome.reason == "complete":
+        loop.report("export", step=outcome.step)
         export(loop.engine.module.model, run, Path(run.work) / EXPORT, world)
     loop.report("end", step=outcome.step, reason=outcome.reason)
     return outcome
@@ -150,7 +151,7 @@ class _Loop:
         """
         started = time.perf_counter()
         positions = self.order.positions(self.step)
-        target = float(self.data.targets[positions].sum()) or 1.0       # 1 where nothing is learned: the loss is 0
+        target = float(self.data.targets[positions].sum()) or 1.0  # 1 where nothing is learned: the loss is 0
         rate = learning_rate(self.step, self.order.steps, self.training)
         set_learning_rate(self.engine, rate)
         self._seed_dropout()
@@ -168,7 +169,7 @@ class _Loop:
             self.engine.backward(loss * (self.world.size / target), scale_wrt_gas=False)
             self.clock.end("backward")
             if number < self.accumulation:
-                self.engine.step()      # only counts the micro-batch: the update comes with the last one
+                self.engine.step()  # only counts the micro-batch: the update comes with the last one
         total, work, stop, due = self.world.sums([nll.item(), operations, *self._wishes(should_stop)])
         if not math.isfinite(total):
             raise self._diverged("the loss", positions)

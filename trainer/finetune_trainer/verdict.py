@@ -51,11 +51,7 @@ def measure(
     results = []
     for gate in gates:
         value = figures.get(gate.metric)
-        met = (
-            value is not None
-            and (gate.min is None or value >= gate.min)
-            and (gate.max is None or value <= gate.max)
-        )
+        met = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
         results.append(GateResult(metric=gate.metric, min=gate.min, max=gate.max, value=value, passed=met))
     return results
 

@@ -23,7 +23,7 @@ from finetune_api.errors import ExportError
 from finetune_trainer.distributed import World
 
 SHARD_BYTES: Final = 2 * 1024**3
-ADAPTER: Final = "default"      # PEFT's name of the only adapter
+ADAPTER: Final = "default"  # PEFT's name of the only adapter
 
 T = TypeVar("T")
 Mergeable: TypeAlias = lora.Linear | lora.Embedding

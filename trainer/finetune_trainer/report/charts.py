@@ -49,7 +49,7 @@ _STYLE: Final[Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-_SMALL: Final = (360, 210)      # CSS pixels at which a chart has its natural size
+_SMALL: Final = (360, 210)  # CSS pixels at which a chart has its natural size
 _WIDE: Final = (1040, 300)
 
 
@@ -128,7 +128,7 @@ def length_chart(lengths: Sequence[dict[str, int]]) -> str:
 
 
 def _line(axes: Axes, curve: Curve, colour: str, **style: Any) -> None:
-    if len(curve.steps) == 1:       # a line needs two points
+    if len(curve.steps) == 1:  # a line needs two points
         style.setdefault("marker", "o")
     axes.plot(curve.steps, curve.values, color=_COLOUR[colour], **style)
 
@@ -138,9 +138,7 @@ def _from_zero(axes: Axes, curve: Curve, colour: str = "--accent", **style: Any)
     axes.set_ylim(bottom=0, top=1.12 * max([v for v in curve.values if v == v], default=1) or 1)
 
 
-def _svg(
-    title: str, draw: Callable[[Axes], None], size: tuple[int, int] = _SMALL, *, over_steps: bool = True
-) -> str:
+def _svg(title: str, draw: Callable[[Axes], None], size: tuple[int, int] = _SMALL, *, over_steps: bool = True) -> str:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{title} {size}"}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04)  # type: ignore[union-attr, call-arg]
@@ -162,7 +160,7 @@ def _themed(svg: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)       # not unique in a page with several charts
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # not unique in a page with several charts
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

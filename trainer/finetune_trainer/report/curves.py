@@ -8,8 +8,8 @@ from typing import Final
 
 from finetune_trainer.figures import Event, last_of_each_step
 
-MOST_POINTS: Final = 400        # more would only make the page heavy: a chart has about as many pixels
-_SMOOTH_FROM: Final = 30        # shorter series are read better as they are
+MOST_POINTS: Final = 400  # more would only make the page heavy: a chart has about as many pixels
+_SMOOTH_FROM: Final = 30  # shorter series are read better as they are
 PARTS: Final = ("data", "forward", "backward", "optimizer")
 
 
@@ -47,7 +47,7 @@ class Curves:
     learning_rate: Curve
     gradient_norm: Curve
     tokens_per_second: Curve
-    seconds: dict[str, Curve]       # by part of a step
+    seconds: dict[str, Curve]  # by part of a step
 
 
 def curves(events: Sequence[Event]) -> Curves:
