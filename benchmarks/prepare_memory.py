@@ -9,6 +9,7 @@ folder (about five times the file, TMPDIR says where) and is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
