@@ -148,6 +148,16 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_weights(
     assert project.weights() == undisturbed[0].weights()
 
 
+def test_sigterm_checkpoints_too(project: Project) -> None:
+    process = project.start()
+    project.wait_for_step(2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert [entry.name for entry in (project.work / "checkpoints").glob(f"step-*{project.steps()[-1]}")]
+    assert project.processes() == {}
+
+
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     project: Project, undisturbed: tuple[Project, str]
 ) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -101,6 +102,7 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
     Yields a scratch folder for Ray Train's own state.
     """
     scratch = Path(tempfile.mkdtemp(prefix="finetune-"))
+    on_terminate = signal.getsignal(signal.SIGTERM)
     others = set(psutil.Process().children(recursive=True))
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -116,6 +118,7 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
                 _temp_dir=str(scratch / "ray"),
                 **common,
             )
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init takes it: the run would end without a checkpoint
         yield scratch
     finally:
         processes = set(psutil.Process().children(recursive=True)) - others
