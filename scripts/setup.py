@@ -170,6 +170,8 @@ def has_module(name: str) -> bool:
 def sync(uv: Path, *, without_cuda: bool) -> None:
     """Installs what uv.lock names, checked against its hashes."""
     command: list[str | Path] = [uv, "sync", "--locked", "--all-extras", "--python", sys.executable]
+    # A run starts a dozen processes at once: each would compile torch, or do so every time where Python may not write.
+    command.append("--compile-bytecode")
     for name in cuda_packages() if without_cuda else []:
         command += ["--no-install-package", name]
     quiet = not sys.stderr.isatty()

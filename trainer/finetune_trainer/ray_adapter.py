@@ -22,11 +22,12 @@ from typing import Any
 
 from finetune_api.errors import FinetuneError, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
-from finetune_trainer.reporter import Event
+from finetune_trainer.reporter import Event, Progress
 
 # Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
 if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less: there is no node to lose
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A worker may have to wait for a node and for an image of many gigabytes.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
@@ -41,28 +42,6 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 _POLL_SECONDS = 0.3
 _EXIT_SECONDS = 10.0
-
-
-class Progress:
-    """Actor beside the driver: what rank 0 said so far, and whether the run is asked to stop."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._stop = False
-
-    def event(self, event: Event) -> bool:
-        """Keeps an event; the answer says whether the run is asked to stop."""
-        self._events.append(event)
-        return self._stop
-
-    def since(self, index: int) -> list[Event]:
-        return self._events[index:]
-
-    def request_stop(self) -> None:
-        self._stop = True
-
-    def stop_requested(self) -> bool:
-        return self._stop
 
 
 class _RayReporter:

@@ -40,6 +40,31 @@ class MetricsFile:
         self._file.close()
 
 
+class Progress:
+    """Made an actor by `ray_adapter`: what rank 0 said so far, and whether the run is asked to stop.
+
+    It stands here because an actor imports its class's module, and this one loads nothing heavy.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stop = False
+
+    def event(self, event: Event) -> bool:
+        """Keeps an event; the answer says whether the run is asked to stop."""
+        self._events.append(event)
+        return self._stop
+
+    def since(self, index: int) -> list[Event]:
+        return self._events[index:]
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events in a metrics file, in order. A half-written line, from a run that was killed, is left out."""
     events: list[dict[str, Any]] = []
