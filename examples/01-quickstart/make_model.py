@@ -9,6 +9,7 @@ bf16 safetensors, with tokenizer, chat template, config and generation config: a
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -57,7 +58,14 @@ def load_tokenizer(weights: Path) -> PreTrainedTokenizerFast:
 def convert(weights: Path, folder: Path) -> None:
     """Writes `folder` from the GGUF file `weights`. The folder appears complete or not at all."""
     import torch
+
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # transformers loads DeepSpeed, which else warns that it finds no GPU
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
