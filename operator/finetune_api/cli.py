@@ -29,7 +29,6 @@ _ABOUT: Final = {
     "prepare": "Check the rows and turn them into token sequences.",
     "train": "Train on prepared rows.",
     "report": "Write the report of a finished run again.",
-    "operator": "Run the controller in a cluster.",
 }
 
 

@@ -251,8 +251,10 @@ class Limits(Model):
 
     retries: int = Field(3, ge=0, le=100, description="Attempts after a failure that is worth retrying.")
     preemptions: int = Field(20, ge=0, le=10_000, description="Attempts after a preemption.")
-    active_deadline: Duration | None = Field(None, description="Longest life of the job, such as 12h.")
-    max_cost: float | None = Field(None, gt=0, le=1e9, description="Most the job may cost, in the runtime's currency.")
+    active_deadline: Duration | None = Field(None, description="Longest life of the job in a cluster, such as 12h.")
+    max_cost: float | None = Field(
+        None, gt=0, le=1e9, description="Most it may cost in a cluster, in the runtime's currency."
+    )
 
 
 class FinetuneJobSpec(Model):

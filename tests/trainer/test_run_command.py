@@ -22,6 +22,7 @@ from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.timeout(400)
 
+FINETUNE = Path(sys.executable).with_name("finetune")
 STEPS = 200
 JOB: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -60,7 +61,7 @@ class Project:
     def start(self, *options: str) -> subprocess.Popen[str]:
         """`finetune run job.yaml` in a process group of its own, as a shell starts it."""
         return subprocess.Popen(
-            [Path(sys.executable).with_name("finetune"), "run", "job.yaml", *options],
+            [FINETUNE, "run", "job.yaml", *options],
             cwd=self.folder,
             env=os.environ | {"FINETUNE_TEST_MARK": self.mark},
             stdout=subprocess.PIPE,
@@ -125,6 +126,14 @@ def test_a_run_leaves_weights_and_a_report(undisturbed: tuple[Project, str]) -> 
     assert project.processes() == {}
 
 
+def test_the_report_of_a_finished_run_can_be_written_again(undisturbed: tuple[Project, str]) -> None:
+    work = undisturbed[0].work
+    before = (work / "report.html").read_bytes()
+    (work / "report.html").unlink()
+    subprocess.run([FINETUNE, "report", work], check=True, capture_output=True)
+    assert (work / "report.html").read_bytes() == before
+
+
 def test_without_a_terminal_the_output_has_no_control_codes(undisturbed: tuple[Project, str]) -> None:
     assert not re.search(r"\x1b|\r", undisturbed[1])
 
@@ -182,7 +191,7 @@ def test_a_job_that_changed_is_not_mixed_with_the_checkpoints_of_the_old_one(
     other = project.folder / "changed.yaml"
     other.write_text(yaml.safe_dump(changed))
     result = subprocess.run(
-        [Path(sys.executable).with_name("finetune"), "run", other, "--work-dir", project.work],
+        [FINETUNE, "run", other, "--work-dir", project.work],
         capture_output=True,
         text=True,
         check=False,

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import click
 
-from finetune_api.run import EXPORT, PREPARED
+from finetune_api.errors import StorageError
+from finetune_api.result import Result
+from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RESULT_FILE
 from finetune_trainer.progress import Display
+from finetune_trainer.reporter import read_metrics
 
 _FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _WORK = click.option(
@@ -80,6 +83,23 @@ def train(file: Path, work_dir: Path | None) -> None:
         manifest = pipeline.prepare_stage(opened, display, stop.is_set)
         pipeline.train_stage(opened, manifest, display, stop.is_set)
         click.echo(f"{opened.work}/{EXPORT}")
+
+
+@click.command()
+@click.argument("work_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(work_dir: Path) -> None:
+    """Write report.html, report.md and report.json of a finished run again, from its result.json and metrics.jsonl.
+
+    WORK_DIR is the run folder, such as runs/NAME.
+    """
+    from finetune_trainer.report import summary, write_report
+
+    file = work_dir / RESULT_FILE
+    if not file.exists():
+        raise StorageError("there is no finished run here", where=str(file), hint="Finish it with `finetune run`.")
+    result = Result.model_validate_json(file.read_bytes())
+    write_report(result, read_metrics(work_dir / METRICS_FILE), work_dir)
+    Display().console.print(summary(result, work_dir / "report.html"))
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
         raise SpecError(
             f"{parts.scheme}:// is not a storage scheme",
             where=where,
-            hint="use s3://, gs://, abfs://, file:// or a path",
+            hint="use s3://, gs://, abfs://, file:// or a path; from a model hub, download the folder first",
         )
     if Path(uri).is_absolute():
         return _on_disk(Path(uri), uri)

@@ -56,12 +56,16 @@ def refuse_unavailable(spec: FinetuneJobSpec) -> None:
                 where=f"spec.data.evaluation[{index}].weight",
                 hint="remove the weight",
             )
-    if spec.data.refusals.mix > 0:
-        raise SpecError(
-            "built-in refusal rows are not available yet", where="spec.data.refusals.mix", hint="set it to 0"
-        )
-    if spec.method.objective == "dpo":
-        raise SpecError("dpo is not available yet", where="spec.method.objective", hint="use sft or pretrain")
+    refusal_gates = any(gate.metric in ("refusalRate", "overRefusalRate") for gate in spec.evaluation.gates)
+    for asked, what, where, hint in (
+        (spec.data.refusals.mix > 0, "built-in refusal rows are", "data.refusals.mix", "set it to 0"),
+        (spec.method.objective == "dpo", "dpo is", "method.objective", "use sft or pretrain"),
+        (spec.deepspeed.sequence_parallel > 1, "sharing a sequence is", "deepspeed.sequenceParallel", "set it to 1"),
+        (spec.evaluation.refusal_suite, "the refusal suite is", "evaluation.refusalSuite", "set it to false"),
+        (refusal_gates, "gates on refusals are", "evaluation.gates", "use promptsPassed with prompts of your own"),
+    ):
+        if asked:
+            raise SpecError(f"{what} not available yet", where=f"spec.{where}", hint=hint)
 
 
 def find_files(run: RunConfig) -> list[SourceFile]:
