@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
+
+_TORCHRUN: Final = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun gives every worker
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def join_world() -> World:
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
+        if os.environ.keys() >= _TORCHRUN:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
