@@ -1,8 +1,10 @@
-"""Rows in a bucket, read from a real S3 server, and folders published to it."""
+"""Rows and base models in a bucket, read from a real S3 server, and folders published to it."""
 
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from finetune_api.errors import StorageError
 from finetune_trainer import storage
+from finetune_trainer.pipeline import open_run
 from finetune_trainer.prepare import prepare
 from tests.s3 import S3Server, s3_server
 from tests.tiny import tiny_llama
@@ -119,3 +122,28 @@ def test_a_folder_is_published_to_a_disk_in_one_step(tmp_path: Path) -> None:
     storage.publish(tmp_path / "out", target, last="manifest.json")
     assert _tree(target.local) == {"manifest.json": b"new"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "published"]
+
+
+def _model_opened(folder: Path, source: str) -> Path:
+    """Where a run of a job with this base model finds it."""
+    spec = {"model": {"source": source}, "data": {"train": [{"uri": "rows.jsonl"}]}, "output": {"uri": "output"}}
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FinetuneJob", "metadata": {"name": "tiny"}, "spec": spec}
+    (folder / "job.yaml").write_text(json.dumps(job))
+    with open_run(folder / "job.yaml", folder / "run", fresh=False) as run:
+        return Path(run.model_path)
+
+
+def test_a_base_model_in_a_bucket_is_copied_for_each_source(tmp_path: Path, model: Path, server: S3Server) -> None:
+    shutil.copytree(model, server.root / "data" / "models" / "one")
+    shutil.copytree(model, server.root / "data" / "models" / "two")
+    (server.root / "data" / "models" / "two" / "config.json").write_text("{}")
+    one = _model_opened(tmp_path, "s3://data/models/one")
+    assert {file.name: file.read_bytes() for file in one.iterdir()} == {f.name: f.read_bytes() for f in model.iterdir()}
+    assert (_model_opened(tmp_path, "s3://data/models/two") / "config.json").read_text() == "{}"
+    assert _model_opened(tmp_path, "s3://data/models/one") == one
+
+
+def test_a_base_model_that_is_not_in_the_bucket_is_named(tmp_path: Path, server: S3Server) -> None:
+    with pytest.raises(StorageError) as caught:
+        _model_opened(tmp_path, "s3://data/models/none")
+    assert caught.value.where == "spec.model.source"

@@ -210,6 +210,13 @@ def test_a_bad_row_ends_the_run_before_any_worker_starts(project: Project) -> No
     assert not (project.work / "metrics.jsonl").exists()
 
 
+def test_fresh_does_not_empty_a_folder_that_is_no_run(project: Project) -> None:
+    code, output = project.run("--work-dir", ".", "--fresh")
+    assert code == 2
+    assert "this folder holds something else" in output
+    assert {"job.yaml", "rows.jsonl", "model"} <= _names(project.folder)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(project: Project) -> None:
     import fcntl
 

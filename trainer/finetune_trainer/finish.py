@@ -82,8 +82,10 @@ def finish(
 
 
 def check_gates(result: Result) -> None:
-    """Raises:
-    GateFailed: a gate was missed.
+    """Ends a run that was not good enough.
+
+    Raises:
+        GateFailed: a gate was missed.
     """
     missed = [gate_sentence(gate) for gate in result.gates if not gate.passed]
     if missed:

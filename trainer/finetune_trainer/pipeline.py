@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -119,9 +120,10 @@ def _model_folder(source: str, base_dir: Path, work: Path) -> Path:
     location = storage.resolve(source, base_dir, where=where)
     if location.local:
         return location.local
-    copy = work / "model"
+    copy = work / f"model-{hashlib.sha256(source.encode()).hexdigest()[:12]}"  # another source is another model
     if not copy.exists():
-        partial = work / "model.partial"
+        partial = copy.with_suffix(".partial")
+        partial.mkdir(exist_ok=True)
         with storage.explained(where):
             pafs.copy_files(location.path, str(partial), source_filesystem=location.fs)
         partial.rename(copy)
@@ -145,9 +147,19 @@ def _uid(spec: FinetuneJobSpec, work: Path) -> str:
 
 
 def _empty(work: Path) -> None:
-    for entry in work.iterdir():
-        if entry.name == _LOCK:
-            continue
+    """Removes a run's files.
+
+    Raises:
+        SpecError: the folder holds other things and no run; they are left as they are.
+    """
+    entries = [entry for entry in work.iterdir() if entry.name != _LOCK]
+    if entries and not (work / RUN_FILE).exists():
+        raise SpecError(
+            "--fresh empties a run folder, and this folder holds something else",
+            where=str(work),
+            hint="Name the folder of an earlier run, or one that is empty or not there yet.",
+        )
+    for entry in entries:
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
