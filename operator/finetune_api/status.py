@@ -28,13 +28,18 @@ Phase = Literal["Pending", "Preparing", "Queued", "Training", "Finishing", "Comp
 FailureReason = Literal[
     "Preempted",
     "OutOfGpuMemory",
-    "OutOfMemory",
+    "OutOfHostMemory",
     "OutOfSharedMemory",
-    "UserError",
-    "Infrastructure",
+    "UserData",
+    "UserCode",
     "Storage",
+    "Image",
+    "Unschedulable",
     "Numerics",
     "Hang",
+    "Node",
+    "Network",
+    "Unknown",
     "DeadlineExceeded",
     "CostExceeded",
     "GateMissed",
@@ -54,7 +59,9 @@ class Condition(Model):
             max_length=316,
             pattern=patterns.CONDITION_TYPE,
         ),
-    ] = Field(description="Valid, Prepared, Complete or Failed; the last two are terminal and never change back.")
+    ] = Field(
+        description="Valid, Prepared, Running, Complete or Failed; the last two are terminal and never change back."
+    )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     observed_generation: Count | None = Field(None, description="metadata.generation that it was found for.")
     last_transition_time: Timestamp = Field(description="When status last changed.")
@@ -76,7 +83,7 @@ class Plan(Model):
 
 
 class Progress(Model):
-    """How far the training is. A restart continues from the last checkpoint, so step may go back."""
+    """How far the training is. A new attempt continues from the last checkpoint, so step may go back there."""
 
     step: Step = Field(description="Optimizer steps done.")
     total_steps: Step = Field(description="Optimizer steps of the whole run.")
@@ -91,7 +98,9 @@ class Progress(Model):
     loss: Measure | None = Field(None, description="Recent training loss, in nats per token, to 4 decimals.")
     eval_loss: Measure | None = Field(None, description="Last evaluation loss, in nats per token, to 4 decimals.")
     eta_time: Timestamp | None = Field(None, description="When training should end, at the recent speed.")
-    updated_time: Timestamp | None = Field(None, description="When the trainer last reported.")
+    updated_time: Timestamp | None = Field(
+        None, description="When the trainer last got on, by the API server's clock: how old the rest is."
+    )
 
 
 class Cost(Model):
@@ -140,6 +149,27 @@ class CheckpointStatus(Model):
     time: Timestamp = Field(description="When it became complete.")
 
 
+class Attempts(Model):
+    """What the operator must know to start the next attempt, or not to."""
+
+    uid: ShortText | None = Field(None, description="UID of the current attempt's RayJob, once it was seen.")
+    ended: Attempt = Field(0, description="The newest attempt that has ended; nothing of it may run any more.")
+    retries: Count = Field(0, description="Used of limits.retries.")
+    preemptions: Count = Field(0, description="Used of limits.preemptions.")
+    next_time: Timestamp | None = Field(None, description="The next attempt does not start before.")
+
+
+class Accounted(Model):
+    """How far cost and goodput are counted already, so that nothing is counted twice after a restart."""
+
+    time: Timestamp = Field(description="Held GPU time is counted up to here.")
+    attempt: Attempt = Field(0, description="The attempt whose seconds follow.")
+    training: Seconds = Field(0, description="Its training seconds that are counted.")
+    startup: Seconds = Field(0, description="Its start-up seconds that are counted.")
+    checkpoint: Seconds = Field(0, description="Its checkpoint seconds that are counted.")
+    finish: Seconds = Field(0, description="Its seconds of export and evaluation that are counted.")
+
+
 class GateResult(Model):
     """What a gate measured."""
 
@@ -176,6 +206,7 @@ class FinetuneJobStatus(Model):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     attempt: Attempt | None = Field(None, description="Number of the current or last attempt, from 1.")
+    attempts: Attempts | None = Field(None, description="Book of the attempts.")
     start_time: Timestamp | None = Field(None, description="When the operator first acted on the job.")
     completion_time: Timestamp | None = Field(None, description="When the job became Complete or Failed.")
     runtime: ResourceName | None = Field(None, description="FinetuneRuntime in use.")
@@ -183,6 +214,7 @@ class FinetuneJobStatus(Model):
     progress: Progress | None = Field(None, description="How far it is.")
     cost: Cost | None = Field(None, description="What it costs.")
     goodput: Goodput | None = Field(None, description="Where the accelerators' time went.")
+    accounted: Accounted | None = Field(None, description="How far cost and goodput are counted.")
     failures: list[Failure] = Field(
         default_factory=list, max_length=10, description="The last failed attempts, oldest first."
     )
