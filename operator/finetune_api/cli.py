@@ -29,6 +29,7 @@ _ABOUT: Final = {
     "prepare": "Check the rows and turn them into token sequences.",
     "train": "Train on prepared rows.",
     "report": "Write the report of a finished run again.",
+    "operator": "Watch FinetuneJobs in a cluster and bring each to its end.",
 }
 
 

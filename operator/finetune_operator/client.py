@@ -189,25 +189,30 @@ class Client:
         namespace: str | None = None,
         *,
         resource_version: str,
-        seconds: float,
+        seconds: int,
+        silence: float,
         label_selector: str | None = None,
     ) -> AsyncIterator[Object]:
         """Events since a resource version, bookmarks among them, until the server ends the watch after `seconds`.
 
         Raises:
-            ApiError: 410 when the version is too old; Timeout when nothing came for longer than the server would keep
-                an idle watch open; Unreachable when the connection broke.
+            ApiError: 410 when the version is too old; Timeout when nothing at all came for `silence` seconds;
+                Unreachable when the connection broke.
         """
         query = {
             "watch": "1",
             "allowWatchBookmarks": "true",
             "resourceVersion": resource_version,
-            "timeoutSeconds": str(int(seconds)),
+            "timeoutSeconds": str(seconds),
         } | ({"labelSelector": label_selector} if label_selector else {})
-        # The server closes the watch by itself: one that says nothing for longer is dead, whatever TCP thinks.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=seconds + self._timeout / 2)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=silence)
         url = f"{resource.path(namespace)}?{urlencode(query)}"
-        response = await self._send("watch", resource, "GET", url, timeout=timeout)
+        try:
+            # The answer's head comes at once, though there may be nothing to say yet.
+            async with asyncio.timeout(self._timeout):
+                response = await self._send("watch", resource, "GET", url, timeout=timeout)
+        except TimeoutError as error:
+            raise _unanswered(error) from error
         try:
             async for line in response.content:
                 event: Object = json.loads(line)

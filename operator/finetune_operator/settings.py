@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Settings:
     """The operator's settings; durations are seconds. The defaults are those of the command line."""
 
@@ -25,6 +25,7 @@ class Settings:
     log_level: str = "info"
     progress_interval: float = 10
     progress_timeout: float = 3
+    progress_deadline: float = 60 * 60
     start_deadline: float = 30 * 60
     stop_grace: float = 120
     request_timeout: float = 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -50,11 +50,14 @@ class Store(Generic[S]):
         self._on_summary = on_summary
         self._entries: dict[Key, _Entry[S]] = {}
         self._by_job: dict[Key, set[Key]] = {}
-        self._deleted: dict[Key, int] = {}
+        self._deleted: dict[Key, tuple[int, Key | None]] = {}
         self._dictionary = b""
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys())
 
     def keys(self) -> list[Key]:
         """Keys of all objects, as they are now."""
@@ -65,7 +68,7 @@ class Store(Generic[S]):
         key = key_of(obj)
         version = int(obj["metadata"].get("resourceVersion") or 0)
         old = self._entries.get(key)
-        if version <= (old.version if old else self._deleted.get(key, -1)):
+        if version <= (old.version if old else self._deleted.get(key, (-1, None))[0]):
             return False
         trimmed = self._trim(obj)
         metadata = {name: value for name, value in trimmed["metadata"].items() if name != "resourceVersion"}
@@ -88,8 +91,8 @@ class Store(Generic[S]):
         old = self._entries.get(key)
         if old and old.version > version:
             return False
-        self._deleted.pop(key, None)
-        self._deleted[key] = max(version, old.version if old else 0)
+        _, job = self._deleted.pop(key, (0, None))
+        self._deleted[key] = (version, old.job if old else job)
         while len(self._deleted) > _TOMBSTONES:
             del self._deleted[next(iter(self._deleted))]
         if old:
@@ -106,9 +109,9 @@ class Store(Generic[S]):
         return [self._unpack(self._entries[child]) for child in sorted(self._by_job.get(key, ()))]
 
     def job_of(self, key: Key) -> Key | None:
-        """The job that an object belongs to."""
+        """The job that an object belongs to, or belonged to before it was deleted just now."""
         entry = self._entries.get(key)
-        return entry.job if entry else None
+        return entry.job if entry else self._deleted.get(key, (0, None))[1]
 
     def summary(self, key: Key) -> S | None:
         """The facts kept about an object."""
@@ -170,16 +173,3 @@ def trim_metadata(obj: Object) -> Object:
     if annotations := metadata.get("annotations"):
         annotations.pop(_LAST_APPLIED, None)
     return obj
-
-
-def trim_to(paths: Iterable[str]) -> Callable[[Object], Object]:
-    """A trim that keeps of `spec` only the named fields, and all of the rest."""
-    kept = frozenset(paths)
-
-    def trim(obj: Object) -> Object:
-        trim_metadata(obj)
-        if isinstance(obj.get("spec"), dict):
-            obj["spec"] = {name: value for name, value in obj["spec"].items() if name in kept}
-        return obj
-
-    return trim
