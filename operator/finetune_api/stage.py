@@ -55,10 +55,10 @@ class ReportedCheckpoint(Model):
 class SpentSeconds(Model):
     """Where the time of an attempt went so far; the parts do not overlap."""
 
-    startup: Seconds = Field(0, description="From the driver's start to the first step.")
     training: Seconds = Field(0, description="In steps.")
     checkpoint: Seconds = Field(0, description="Training stood still for a checkpoint.")
     finish: Seconds = Field(0, description="Export, final evaluation and report.")
+    at_risk: Seconds = Field(0, description="Of training: since the newest checkpoint; lost if the attempt fails now.")
 
 
 class ProgressReport(Model):

@@ -85,6 +85,7 @@ class Plan(Model):
 class Progress(Model):
     """How far the training is. A new attempt continues from the last checkpoint, so step may go back there."""
 
+    attempt: Attempt = Field(1, description="The attempt that reported it.")
     step: Step = Field(description="Optimizer steps done.")
     total_steps: Step = Field(description="Optimizer steps of the whole run.")
     epoch: Annotated[float, Field(ge=0, le=1_000_000)] | None = Field(
@@ -154,6 +155,7 @@ class Attempts(Model):
 
     uid: ShortText | None = Field(None, description="UID of the current attempt's RayJob, once it was seen.")
     ended: Attempt = Field(0, description="The newest attempt that has ended; nothing of it may run any more.")
+    counted_uid: ShortText | None = Field(None, description="UID of the prepare Job whose failure is counted.")
     retries: Count = Field(0, description="Used of limits.retries.")
     preemptions: Count = Field(0, description="Used of limits.preemptions.")
     next_time: Timestamp | None = Field(None, description="The next attempt does not start before.")
@@ -162,12 +164,14 @@ class Attempts(Model):
 class Accounted(Model):
     """How far cost and goodput are counted already, so that nothing is counted twice after a restart."""
 
-    time: Timestamp = Field(description="Held GPU time is counted up to here.")
+    time: Timestamp = Field(description="Held time is counted up to here.")
+    spent: Money = Field(0, description="cost.spent, not rounded.")
     attempt: Attempt = Field(0, description="The attempt whose seconds follow.")
-    training: Seconds = Field(0, description="Its training seconds that are counted.")
-    startup: Seconds = Field(0, description="Its start-up seconds that are counted.")
-    checkpoint: Seconds = Field(0, description="Its checkpoint seconds that are counted.")
-    finish: Seconds = Field(0, description="Its seconds of export and evaluation that are counted.")
+    held: Seconds = Field(0, description="Seconds in which it held a node.")
+    training: Seconds = Field(0, description="Of those, in steps.")
+    checkpoint: Seconds = Field(0, description="Of those, standing still for checkpoints.")
+    finish: Seconds = Field(0, description="Of those, in export and evaluation.")
+    other: Seconds = Field(0, description="The rest.")
 
 
 class GateResult(Model):

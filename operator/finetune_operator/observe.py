@@ -8,22 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune_api.base import GROUP
 from finetune_api.checks import check_document
 from finetune_api.documents import Document, Mark
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_api.stage import ProgressReport, StageReport
 from finetune_api.status import FinetuneJobStatus
+from finetune_operator.children.labels import STAGE_LABEL
+from finetune_operator.children.names import attempt_of
 
 Json = Mapping[str, Any]
-
-STAGE_LABEL: Final = f"{GROUP}/stage"
-ATTEMPT_LABEL: Final = f"{GROUP}/attempt"
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,15 @@ class Block:
 
     reason: str
     message: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A child that the API server did not let us make; it is tried again at `until`."""
+
+    block: Block
+    until: float
+    tries: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class RayJob:
     outcome: str
     reason: str
     message: str
+    ended: float | None
     cluster: str
     cluster_trouble: str
 
@@ -145,7 +153,9 @@ class Observed:
         attempts: RayJobs by attempt number.
         report: the newest answer of the current attempt's head; None: there is none yet.
         report_time: when it was had.
-        troubles: the cluster's words on children that make no progress (events, a refused creation), by child's name.
+        refused: children that the API server did not let us make, by name.
+        troubles: the cluster's words on why no pod of the current stage gets on.
+        head_lost: since when a running attempt has no head pod.
         queued: why Kueue lets the current attempt wait.
         lost_nodes: nodes of the job's pods that are not ready or gone.
     """
@@ -160,8 +170,10 @@ class Observed:
     pods: Sequence[Pod] = ()
     report: ProgressReport | None = None
     report_time: float = 0.0
-    troubles: Mapping[str, Block] = field(default_factory=dict)
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    troubles: Sequence[Block] = ()
     queued: str = ""
+    head_lost: float | None = None
     lost_nodes: frozenset[str] = frozenset()
 
     def pods_of(self, stage: str, attempt: int | None = None) -> list[Pod]:
@@ -214,7 +226,7 @@ def read_batch_job(manifest: Json, owner: str) -> BatchJob:
         uid=metadata["uid"],
         created=_time(metadata["creationTimestamp"]),
         deleting=parse_time(metadata.get("deletionTimestamp")),
-        foreign=not _owned(metadata, owner),
+        foreign=not owned(metadata, owner),
         complete="Complete" in conditions or "SuccessCriteriaMet" in conditions,
         failed=Block(failed.get("reason", ""), failed.get("message", "")) if failed else None,
     )
@@ -223,7 +235,7 @@ def read_batch_job(manifest: Json, owner: str) -> BatchJob:
 def read_ray_job(manifest: Json, owner: str) -> RayJob | None:
     """A RayJob; None when it carries no attempt number, and so is not one of ours."""
     metadata, status = manifest["metadata"], manifest.get("status") or {}
-    attempt = _attempt(metadata)
+    attempt = attempt_of(metadata.get("labels", {}))
     if attempt is None:
         return None
     cluster = status.get("rayClusterStatus") or {}
@@ -234,12 +246,13 @@ def read_ray_job(manifest: Json, owner: str) -> RayJob | None:
         attempt=attempt,
         created=_time(metadata["creationTimestamp"]),
         deleting=parse_time(metadata.get("deletionTimestamp")),
-        foreign=not _owned(metadata, owner),
+        foreign=not owned(metadata, owner),
         suspended=bool(manifest["spec"].get("suspend")),
         deployment=status.get("jobDeploymentStatus", ""),
         outcome=status.get("jobStatus", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        ended=parse_time(status.get("endTime")),
         cluster=status.get("rayClusterName", ""),
         cluster_trouble=refused.get("message") or cluster.get("reason", ""),
     )
@@ -251,12 +264,13 @@ def read_pod(manifest: Json, accelerator: str) -> Pod:
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     scheduled, target = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
-    role = metadata.get("labels", {}).get("ray.io/node-type")
+    labels = metadata.get("labels", {})
+    role = labels.get("ray.io/node-type")
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
-        stage=metadata.get("labels", {}).get(STAGE_LABEL, ""),
-        attempt=_attempt(metadata),
+        stage=labels.get(STAGE_LABEL, ""),
+        attempt=attempt_of(labels),
         role=role if role in ("head", "worker") else "other",
         node=spec.get("nodeName", ""),
         ip=status.get("podIP", ""),
@@ -305,13 +319,9 @@ def _time(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def _owned(metadata: Json, owner: str) -> bool:
+def owned(metadata: Json, owner: str) -> bool:
+    """Whether an object is a child of the one with this UID."""
     return any(reference.get("uid") == owner for reference in metadata.get("ownerReferences", []))
-
-
-def _attempt(metadata: Json) -> int | None:
-    number = metadata.get("labels", {}).get(ATTEMPT_LABEL, "")
-    return int(number) if number.isdecimal() else None
 
 
 def _holding(manifest: Json) -> dict[str, Json]:

@@ -1,0 +1,157 @@
+"""The live attempt: what KubeRay, its pods and its head say, as phase, reason and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from finetune_api.job import FinetuneJobSpec
+from finetune_api.status import Phase
+from finetune_operator.actions import MakeResult
+from finetune_operator.children.names import result_name
+from finetune_operator.draft import Draft
+from finetune_operator.endings import complete, end_failed, fail
+from finetune_operator.failures import Diagnosis, Evidence, classify
+from finetune_operator.observe import Block, Pod, RayJob, stage_report
+from finetune_operator.progress import merge
+from finetune_operator.stuck import stuck, stuck_reason
+
+HEAD_LOST_SECONDS: Final = 20.0  # KubeRay's own verdict is better, where it comes
+RESULT_SECONDS: Final = 20.0  # that a living head is asked for its result, before storage is
+SILENT_SECONDS: Final = 60.0  # without an answer of the head, until the status says so
+
+
+def hear(draft: Draft) -> None:
+    """Takes the head's report into the status."""
+    if draft.report:
+        progress, checkpoint = merge(draft.status, draft.report, draft.observed.report_time)
+        draft.set(progress=progress, checkpoint=checkpoint)
+
+
+def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
+    """Says where the live attempt is, or ends it."""
+    report, pods = draft.report, draft.observed.pods_of("train", ray_job.attempt)
+    if report and report.state == "finished" and report.result:
+        complete(draft, report.result)
+    elif ray_job.outcome == "SUCCEEDED":
+        _finish(draft, spec, ray_job)
+    elif _has_failed(draft, ray_job):
+        if report and report.result:  # a missed gate keeps the weights aside
+            draft.set(result=report.result)
+        fail(draft, ray_job.attempt, classify(_evidence(draft, spec, ray_job)))
+    elif report and report.age > draft.timing.hang:
+        message = f"The trainer has not got on for {report.age:.0f} s; it was at step {report.step}."
+        fail(draft, ray_job.attempt, Diagnosis("Hang", message))
+    elif ray_job.suspended or ray_job.deployment == "Suspended":
+        draft.say("Queued", "Queued", draft.observed.queued or "Kueue lets it wait for quota.")
+    elif ray_job.deployment == "Running" and report and report.state != "starting":
+        _running(draft, finishing=report.state != "training")
+    else:
+        since = min((pod.created for pod in pods), default=ray_job.created)
+        trouble = [Block("ClusterNotReady", ray_job.cluster_trouble)] if ray_job.cluster_trouble else []
+        starting(draft, "Queued", ray_job.attempt, since, pods, trouble)
+
+
+def starting(
+    draft: Draft, phase: Phase, attempt: int, since: float, pods: Sequence[Pod], trouble: Sequence[Block] = ()
+) -> None:
+    """A stage whose pods do not all run: says why, and gives up at the deadline instead of holding nodes.
+
+    Args:
+        attempt: 0 for prepare.
+        since: from when the deadline counts, Unix seconds.
+        trouble: what is known beside the pods and `draft.observed.troubles`.
+    """
+    draft.wake(draft.timing.progress)
+    block = stuck(pods, [*draft.observed.troubles, *trouble], namespace=draft.observed.job.namespace)
+    if pods and all(pod.phase == "Running" for pod in pods):
+        draft.say(phase, "Starting", "Its pods run; waits for Ray and the model.")
+        return
+    if draft.now - since >= draft.timing.start:
+        words = block.message if block else "its pods did not get to run."
+        reason = stuck_reason(block) if block else "Unknown"
+        message = f"Nothing ran within {draft.timing.start:.0f} s, and its nodes were given back: {words}"
+        fail(draft, attempt, Diagnosis(reason, message))
+        return
+    draft.wake(since + draft.timing.start - draft.now)
+    if block:
+        draft.say(phase, block.reason, block.message)
+    else:
+        draft.say(phase, "Starting", "Waits for nodes and images.")
+
+
+def _has_failed(draft: Draft, ray_job: RayJob) -> bool:
+    lost = draft.observed.head_lost
+    return (
+        ray_job.outcome in ("FAILED", "STOPPED")
+        or ray_job.deployment in ("Failed", "ValidationFailed")
+        or (lost is not None and draft.now - lost > HEAD_LOST_SECONDS)
+    )
+
+
+def _evidence(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> Evidence:
+    observed = draft.observed
+    return Evidence(
+        stage="train",
+        pods=observed.pods_of("train", ray_job.attempt),
+        ray_job=ray_job,
+        batch_job=None,
+        report=draft.report,
+        stage_report=None,
+        troubles=observed.troubles,
+        lost_nodes=observed.lost_nodes,
+        plan=draft.status.plan,
+        spec=spec,
+    )
+
+
+def _running(draft: Draft, *, finishing: bool) -> None:
+    draft.wake(draft.timing.progress)
+    silent = draft.now - draft.observed.report_time
+    if finishing:
+        draft.say("Finishing", "Finishing", "Exports the weights and compares base and tuned model.", running=True)
+    elif silent > SILENT_SECONDS:
+        draft.say("Training", "NoReport", "The head pod does not answer; progress is as of its time.", running=True)
+    else:
+        draft.say("Training", "Training", f"Attempt {draft.attempt} trains.", running=True)
+
+
+def _finish(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
+    """The driver has ended well, and its head has not said what came out: it is asked, then storage is."""
+    observed, job = draft.observed, draft.observed.result
+    name = result_name(observed.job.name)
+    heads = [pod for pod in observed.pods_of("train", ray_job.attempt) if pod.role == "head" and pod.live]
+    waited = draft.now - (ray_job.ended or 0.0)
+    draft.say("Finishing", "Finishing", "Training has ended; its result is read.", running=True)
+    if job is None and heads and waited < RESULT_SECONDS:
+        draft.wake(2.0)
+    elif job is None:
+        _read_from_storage(draft, name, ray_job.attempt)
+    elif job.complete and (report := stage_report(observed.pods_of("result"))) and report.result:
+        complete(draft, report.result)
+    elif job.complete or job.failed:
+        evidence = Evidence(
+            stage="result",
+            pods=observed.pods_of("result"),
+            ray_job=None,
+            batch_job=job,
+            report=None,
+            stage_report=stage_report(observed.pods_of("result")),
+            troubles=observed.troubles,
+            lost_nodes=observed.lost_nodes,
+            plan=None,
+            spec=spec,
+        )
+        diagnosis = classify(evidence)
+        message = f"Training ended well, but its result could not be read from {spec.output.uri}: {diagnosis.message}"
+        end_failed(draft, Diagnosis(diagnosis.reason, message))
+
+
+def _read_from_storage(draft: Draft, name: str, attempt: int) -> None:
+    refused = draft.observed.refused.get(name)
+    if refused:
+        draft.say("Finishing", refused.block.reason, refused.block.message)
+        if draft.now < refused.until:
+            draft.wake(refused.until - draft.now)
+            return
+    draft.act(MakeResult(attempt))

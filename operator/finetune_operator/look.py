@@ -1,0 +1,239 @@
+"""Gathers what `decide` looks at: the stores, the head of a running attempt, and why something is stuck.
+
+Everything beyond the stores is asked for only when it matters, and not more often than every few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from finetune_api.runtime import Accelerator, FinetuneRuntimeSpec
+from finetune_api.stage import ProgressReport
+from finetune_operator.children.names import prepare_name, result_name
+from finetune_operator.client import EVENTS, NAMESPACES, NODES, WORKLOADS, ApiError, Client, Object
+from finetune_operator.controller import Stores
+from finetune_operator.head import Heads
+from finetune_operator.observe import (
+    BatchJob,
+    Block,
+    Job,
+    Observed,
+    Pod,
+    RayJob,
+    Refused,
+    parse_time,
+    read_batch_job,
+    read_pod,
+    read_ray_job,
+)
+from finetune_operator.runtimes import Choice, choose
+from finetune_operator.store import Key
+
+LOOK_SECONDS: Final = 15.0  # between two questions about why something is stuck
+PATIENCE_SECONDS: Final = 3.0  # that a new child may take before anyone asks
+FINAL_SECONDS: Final = 2.0  # between two questions to a head whose driver has ended
+NAMESPACE_SECONDS: Final = 30.0  # that a namespace's labels are believed
+_JOB_UID_LABEL: Final = "kueue.x-k8s.io/job-uid"
+_NODES_LOOKED_AT: Final = 16
+
+
+@dataclass
+class Memory:
+    """What is known about a job beyond the API server's objects; lost with the process, and found again."""
+
+    report: ProgressReport | None = None
+    heard: float = 0.0
+    asked: float = 0.0
+    looked: float = 0.0
+    head_lost: float | None = None
+    troubles: tuple[Block, ...] = ()
+    queued: str = ""
+    refused: dict[str, Refused] = field(default_factory=dict)
+
+
+class Observer:
+    """Makes an `Observed` of a job."""
+
+    def __init__(self, client: Client, stores: Stores, heads: Heads, progress_interval: float) -> None:
+        self._client, self._stores, self._heads = client, stores, heads
+        self._interval = progress_interval
+        self._namespaces: dict[str, tuple[float, dict[str, str]]] = {}
+        self._runtimes: dict[str, tuple[str, FinetuneRuntimeSpec]] = {}
+
+    async def look(self, job: Job, memory: Memory, now: float) -> Observed:
+        """Everything there is to know about a job now.
+
+        Raises:
+            ApiError: the API server does not answer.
+        """
+        key = (job.namespace, job.name)
+        choice = await self._choice(job, now)
+        pods = self.pods(key, choice.spec)
+        jobs = {each["metadata"]["name"]: read_batch_job(each, job.uid) for each in self._stores.kube_jobs.of_job(key)}
+        prepare, result = jobs.get(prepare_name(job.name)), jobs.get(result_name(job.name))
+        attempts = self.attempts(key, job.uid)
+        lost: frozenset[str] = frozenset()
+        live = attempts.get(job.status.attempt or 0) if job.status.completion_time is None else None
+        if live:
+            await self._hear(live, pods, memory, now)
+            if live.deployment == "Failed" or memory.head_lost is not None:
+                lost = await self._lost_nodes(pods)
+        if job.status.completion_time is None:
+            await self._ask_why(job, live, [each for each in (prepare, result) if each], pods, memory, now)
+        return Observed(
+            job=job,
+            runtime=choice.spec,
+            runtime_name=choice.name,
+            blocked=choice.blocked,
+            prepare=prepare,
+            result=result,
+            attempts=attempts,
+            pods=pods,
+            report=memory.report,
+            report_time=memory.heard,
+            refused=dict(memory.refused),
+            troubles=memory.troubles,
+            queued=memory.queued,
+            head_lost=memory.head_lost,
+            lost_nodes=lost,
+        )
+
+    def pods(self, key: Key, runtime: FinetuneRuntimeSpec | None) -> list[Pod]:
+        """The job's pods."""
+        accelerator = (runtime.accelerator if runtime else Accelerator()).resource_name
+        return [read_pod(pod, accelerator) for pod in self._stores.pods.of_job(key)]
+
+    def attempts(self, key: Key, uid: str) -> dict[int, RayJob]:
+        """The job's RayJobs by attempt."""
+        found = (read_ray_job(each, uid) for each in self._stores.ray_jobs.of_job(key))
+        return {each.attempt: each for each in found if each}
+
+    async def _choice(self, job: Job, now: float) -> Choice:
+        if job.spec is None:
+            return Choice()
+        runtimes = self._all_runtimes()
+        restricted = any(
+            each.namespaces.match_labels or each.namespaces.match_expressions for each in runtimes.values()
+        )
+        labels = await self._labels(job.namespace, now) if restricted else {}
+        return choose(job.spec, job.namespace, labels, runtimes)
+
+    def _all_runtimes(self) -> dict[str, FinetuneRuntimeSpec]:
+        """Every runtime; each version of one is read once."""
+        found: dict[str, tuple[str, FinetuneRuntimeSpec]] = {}
+        for key in self._stores.runtimes.keys():  # noqa: SIM118 - a store is no mapping
+            manifest = self._stores.runtimes.get(key)
+            if manifest is None:
+                continue
+            name, version = manifest["metadata"]["name"], manifest["metadata"]["resourceVersion"]
+            known = self._runtimes.get(name)
+            if known is None or known[0] != version:
+                known = version, FinetuneRuntimeSpec.model_validate(manifest["spec"], by_alias=True, by_name=False)
+            found[name] = known
+        self._runtimes = found
+        return {name: spec for name, (_, spec) in found.items()}
+
+    async def _labels(self, namespace: str, now: float) -> Mapping[str, str]:
+        known = self._namespaces.get(namespace)
+        if known is None or not 0 <= now - known[0] < NAMESPACE_SECONDS:
+            found = await self._client.get(NAMESPACES, None, namespace)
+            known = now, found["metadata"].get("labels") or {}
+            self._namespaces[namespace] = known
+        return known[1]
+
+    async def _hear(self, live: RayJob, pods: Sequence[Pod], memory: Memory, now: float) -> None:
+        """Asks the head of the live attempt, when it is time to."""
+        heads = [pod for pod in pods if pod.attempt == live.attempt and pod.role == "head" and pod.live]
+        if live.deployment == "Running" and not heads:
+            memory.head_lost = memory.head_lost or now
+        else:
+            memory.head_lost = None
+        if memory.report and memory.report.attempt != live.attempt:
+            memory.report, memory.heard = None, 0.0
+        ended = live.outcome in ("SUCCEEDED", "FAILED", "STOPPED") or live.deployment in ("Complete", "Failed")
+        pause = FINAL_SECONDS if ended else self._interval * 0.9
+        head = next((pod for pod in heads if pod.ip and pod.phase == "Running"), None)
+        if head is None or 0 <= now - memory.asked < pause:
+            return
+        memory.asked = now
+        report = await self._heads.ask(head)
+        if report and report.attempt == live.attempt:
+            memory.report, memory.heard = report, self._client.clock.now()
+
+    async def _ask_why(
+        self, job: Job, live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], memory: Memory, now: float
+    ) -> None:
+        """Asks the cluster why the current stage does not get on, if it does not."""
+        if 0 <= now - memory.looked < LOOK_SECONDS:
+            return
+        memory.troubles, memory.queued = (), ""
+        if live and live.suspended:
+            memory.looked = now
+            memory.queued = await self._queue_words(job.namespace, live)
+            return
+        about = _stuck(live, [each for each in jobs if each.running], pods, now)
+        if about:
+            memory.looked = now
+            memory.troubles = await self._warnings(job.namespace, about)
+
+    async def _warnings(self, namespace: str, about: str) -> tuple[Block, ...]:
+        """Warnings about an object, newest first."""
+        events: list[Object] = []
+        async for page in self._client.list(
+            EVENTS, namespace, field_selector=f"involvedObject.uid={about},type=Warning"
+        ):
+            events += page.items
+        events.sort(key=lambda event: parse_time(event.get("lastTimestamp") or event.get("eventTime")) or 0.0)
+        return tuple(Block(event.get("reason") or "", event.get("message") or "") for event in reversed(events[-5:]))
+
+    async def _queue_words(self, namespace: str, ray_job: RayJob) -> str:
+        """Kueue's own words on why a RayJob waits; empty without Kueue."""
+        try:
+            async for page in self._client.list(WORKLOADS, namespace, label_selector=f"{_JOB_UID_LABEL}={ray_job.uid}"):
+                for workload in page.items:
+                    queue = (workload.get("spec") or {}).get("queueName", "")
+                    for condition in (workload.get("status") or {}).get("conditions", []):
+                        if condition["type"] == "QuotaReserved" and condition["status"] == "False":
+                            return f"Waits in Kueue's queue {queue}: {condition.get('message', '')}"
+                    return f"Waits in Kueue's queue {queue}."
+        except ApiError as error:
+            if not error.not_found:
+                raise
+        return ""
+
+    async def _lost_nodes(self, pods: Sequence[Pod]) -> frozenset[str]:
+        """Nodes of these pods that are gone or not ready."""
+        lost = set()
+        for name in sorted({pod.node for pod in pods if pod.node})[:_NODES_LOOKED_AT]:
+            try:
+                node = await self._client.get(NODES, None, name)
+            except ApiError as error:
+                if not error.not_found:
+                    raise
+                lost.add(name)
+                continue
+            conditions = (node.get("status") or {}).get("conditions", [])
+            if any(each["type"] == "Ready" and each["status"] != "True" for each in conditions):
+                lost.add(name)
+        return frozenset(lost)
+
+
+def _stuck(live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], now: float) -> str:
+    """UID of the child whose events say why the current stage has not started; empty when it has, or says so itself."""
+    stages = {"train": live} if live and live.deployment != "Running" else {}
+    waiting = [
+        pod
+        for pod in pods
+        if pod.phase == "Pending" and pod.deleting is None and (not live or pod.attempt in (None, live.attempt))
+    ]
+    if waiting:
+        pod = waiting[0]
+        silent = pod.waiting is None and pod.unschedulable is None
+        return pod.uid if silent and now - pod.created > PATIENCE_SECONDS else ""
+    child = stages.get("train") or (jobs[0] if jobs else None)
+    if child is None or now - child.created <= PATIENCE_SECONDS:
+        return ""
+    stage = "train" if child is live else "prepare"
+    return "" if any(pod.stage == stage for pod in pods if pod.live) else child.uid
