@@ -169,10 +169,16 @@ class Client:
         return await self._read("get", resource, resource.path(namespace, name))
 
     async def list(
-        self, resource: Resource, namespace: str | None = None, label_selector: str | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        label_selector: str | None = None,
+        field_selector: str | None = None,
     ) -> AsyncIterator[Page]:
         """All objects, in pages that belong to one moment; a page that comes too late raises 410."""
-        query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
+        selectors = {"labelSelector": label_selector, "fieldSelector": field_selector}
+        query = {"limit": str(PAGE_SIZE)} | {name: selector for name, selector in selectors.items() if selector}
         while True:
             answer = await self._read("list", resource, f"{resource.path(namespace)}?{urlencode(query)}")
             meta = answer.get("metadata") or {}

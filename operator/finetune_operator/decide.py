@@ -95,7 +95,7 @@ def _over_limit(draft: Draft, spec: FinetuneJobSpec) -> bool:
         draft.wake(left)
     spent = draft.status.cost.spent if draft.status.cost else 0.0
     if cost is not None and spent >= cost:
-        message = f"The job has cost {spent:.2f} and may cost {cost:.2f} (limits.maxCost); it was stopped. {kept(draft)}".strip()
+        message = f"The job has cost {spent:.2f} and may cost {cost:.2f} (limits.maxCost). {kept(draft)}".strip()
         end_failed(draft, Diagnosis("CostExceeded", message))
         return True
     return False

@@ -125,7 +125,7 @@ class Reflector:
     async def _list(self) -> None:
         seen: set[Key] = set()
         version = 0
-        async for page in self._client.list(self.resource, self.namespace, self._selector):
+        async for page in self._client.list(self.resource, self.namespace, label_selector=self._selector):
             version = int(page.resource_version)
             if version < self._newest and self._is_stale(version):
                 raise ApiError(0, "StaleList", f"a list of version {version} after version {self._newest}")
