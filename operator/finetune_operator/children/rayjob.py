@@ -32,7 +32,7 @@ _DRAIN_SECONDS: Final = 100  # below the grace period: time for a checkpoint bef
 _HEAD_CPUS: Final = 1.0  # GCS, dashboard and driver; no task runs there
 _INT32_MAX: Final = 2**31 - 1
 
-_HEAD_PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "client": 10001, "progress": PROGRESS_PORT}
+_HEAD_PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "progress": PROGRESS_PORT}
 _RAY_ENVIRONMENT: Final = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_SECONDS),
     "RAY_JOB_STOP_WAIT_TIME_S": str(_DRAIN_SECONDS),
