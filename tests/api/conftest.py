@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.cluster import Cluster, cluster, existing
-from tests.api.objects import Api
+from tests.api.objects import Api, fresh_namespace
 from tests.tools.build import build
 
 
@@ -51,10 +51,5 @@ def api(api_cluster: Cluster) -> Iterator[Api]:
 @pytest.fixture
 def namespace(api: Api) -> Iterator[str]:
     """A namespace of the test's own, in which pods can be made; deleted afterwards, which nobody waits for."""
-    made = api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
-    name: str = made["metadata"]["name"]
-    try:
-        api.wait_for("v1/ServiceAccount", "default", name)
+    with fresh_namespace(api) as name:
         yield name
-    finally:
-        api.delete("v1/Namespace", name)

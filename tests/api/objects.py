@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
@@ -15,6 +16,7 @@ from kubernetes import config
 Object = dict[str, Any]
 T = TypeVar("T")
 FIELD_MANAGER: Final = "tests"
+_JSON: Final = "application/json"
 _MERGE: Final = "application/merge-patch+json"
 _APPLY: Final = "application/apply-patch+yaml"
 
@@ -59,14 +61,16 @@ class Api:
         """Closes the connections."""
         self._client.rest_client.pool_manager.clear()
 
-    def request(self, verb: str, path: str, body: object = None, content_type: str = "application/json") -> Object:
+    def request(
+        self, verb: str, path: str, body: object = None, content_type: str = _JSON, accept: str = _JSON
+    ) -> Object:
         """One request; `body` is an object or a text.
 
         Raises:
             Refused: the API server answered with an error.
             urllib3.exceptions.HTTPError: there was no answer.
         """
-        headers = {"Content-Type": content_type}
+        headers = {"Content-Type": content_type, "Accept": accept}
         self._client.update_params_for_auth(headers, [], ["BearerToken"], path, verb, body)
         data = None if body is None else body if isinstance(body, str) else json.dumps(body)
         answer = self._client.rest_client.pool_manager.request(
@@ -178,6 +182,18 @@ class Api:
                     self._kinds[version, resource["kind"]] = Kind(prefix, resource["name"], resource["namespaced"])
         found = self._kinds[version, name]
         return f"{found.prefix}/{f'namespaces/{namespace}/' if found.namespaced and namespace else ''}{found.plural}"
+
+
+@contextmanager
+def fresh_namespace(api: Api) -> Iterator[str]:
+    """A new namespace in which pods can be made; its deletion begins when the block is left."""
+    made = api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
+    name: str = made["metadata"]["name"]
+    try:
+        api.wait_for("v1/ServiceAccount", "default", name)
+        yield name
+    finally:
+        api.delete("v1/Namespace", name)
 
 
 def eventually(ask: Callable[[], T], what: str, seconds: float = 30, state: Callable[[], object] = lambda: "") -> T:
