@@ -24,7 +24,7 @@ def reached(rules: list[Manifest], side: str, peer: Manifest, protocol: str = "T
 
 def _matches(rule: Manifest, peer: Manifest) -> bool:
     if "ipBlock" in rule or "cidr" in peer:
-        return rule.get("ipBlock", {}).get("cidr") == peer.get("cidr", "")
+        return bool(rule.get("ipBlock", {}).get("cidr") == peer.get("cidr", ""))
     namespaces, pods = rule.get("namespaceSelector"), rule.get("podSelector", {})
     in_namespace = peer["namespace"] == OWNER.namespace if namespaces is None else _selected(namespaces, peer)
     return bool(in_namespace and pods.get("matchLabels", {}).items() <= peer["labels"].items())
