@@ -22,7 +22,7 @@ from typing import Final
 
 import urllib3
 
-from tests.api.objects import Api, Refused, eventually
+from tests.api.objects import Api, Object, Refused, eventually
 from tests.tools.build import build
 
 CRDS: Final = Path(__file__).parents[2] / "manifests" / "crds"
@@ -77,6 +77,11 @@ class Cluster:
     def audit_log(self) -> Path:
         """One JSON object a line for each answered request: `user.username`, `userAgent`, `verb`, `requestURI`…"""
         return self.folder / "audit.jsonl"
+
+    def audited(self) -> list[Object]:
+        """The audit log up to now."""
+        lines = self.audit_log.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def token(self, user: str) -> str:
         """The bearer token of one of USERS."""
