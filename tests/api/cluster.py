@@ -53,7 +53,7 @@ CONTROLLERS: Final = (
     "taint-eviction-controller",
     "ttl-after-finished-controller",
 )
-_START_SECONDS: Final = 120  # on a busy machine; 4 s is usual
+_START_SECONDS: Final = 120  # on a busy machine; 6 s is usual on two cores
 
 
 @dataclass
