@@ -113,7 +113,7 @@ class Case:
 
 
 def corpus() -> Iterator[Case]:
-    """All cases, several hundred, each with a name of its own."""
+    """All cases, several hundred. Jobs whose name is not the odd thing have each their own."""
     for number, (name, text, field) in enumerate(_cases()):
         yield Case(name, text.replace('"support-chat"', f'"hostile-{number:03d}"'), field)
 
