@@ -60,6 +60,7 @@ format: setup ## Put the code into the one style
 generate: setup ## Write the files that are made from the models
 	$(BIN)/python -m finetune_api.crd $(INTO)manifests/crds
 	$(BIN)/python -m finetune_api.docs $(INTO)docs/reference
+	$(BIN)/python -m finetune_operator.docs $(INTO)docs/reference
 
 .PHONY: bench
 bench: setup ## Measure training on this machine's CPU against TRL

@@ -52,7 +52,7 @@ def exit_codes() -> str:
         _NOTICE,
         "# Exit codes\n",
         "Every command of `finetune` ends with one of these. What went wrong, where, and what to do is on stderr.\n",
-        *_table(("Code", "Error", "Meaning"), sorted(rows, key=lambda row: int(row[0]))),
+        *table(("Code", "Error", "Meaning"), sorted(rows, key=lambda row: int(row[0]))),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -82,7 +82,7 @@ def _object(path: str, node: Schema, shown: dict[str, Schema]) -> Iterator[str]:
         item = field.get("items", field)
         if "properties" in item and "x-kubernetes-preserve-unknown-fields" not in item:
             below.append((f"{path}.{name}" + ("[]" if "items" in field else ""), item))
-    yield from _table(("Field", "Type", "Default", "Bounds", "Meaning"), rows)
+    yield from table(("Field", "Type", "Default", "Bounds", "Meaning"), rows)
     for name, field in below:
         yield from _object(name, field, shown)
 
@@ -100,11 +100,11 @@ def _rules(kind: Kind) -> Iterator[str]:
     for (message, do), rules in shared.items():
         fields = ", ".join(f"`{'.'.join((rule.at, *rule.reads[:1]))}`" for rule in rules)
         rows.append((fields, _cell(message) + (" (in a cluster)" if rules[0].cluster_only else ""), _cell(do)))
-    yield from _table(("Field", "Refused because", "What to do"), rows)
+    yield from table(("Field", "Refused because", "What to do"), rows)
     if kind is JOB:
         yield f"### Raw keys that {RAW_KEYS} refuses\n"
         refused = [(f"`{each.key}`", each.why, each.do) for each in REFUSED_KEYS]
-        yield from _table(("Key", "Refused because it", "What to do"), refused)
+        yield from table(("Key", "Refused because it", "What to do"), refused)
 
 
 def _type(field: Schema) -> str:
@@ -173,7 +173,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """A Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return ["\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"]
 

@@ -30,6 +30,8 @@ from finetune_operator.observe import BatchJob, Block, Pod, RayJob, Stop
 from finetune_operator.stuck import stuck, stuck_reason
 from finetune_operator.wording import (
     SIGNIFIES,
+    capital,
+    eviction,
     expected_memory,
     gpu_memory_advice,
     host_memory_advice,
@@ -122,7 +124,7 @@ def classify(evidence: Evidence) -> Diagnosis:
     return found if found.exit_code is None else replace(found, exit_code=min(max(found.exit_code, 0), 255))
 
 
-_LOGS: Final = "`kubectl finetune logs` may say more"
+_LOGS: Final = "See `kubectl finetune logs`"
 _NOT_THE_JOB: Final = "Nothing is wrong with the job"
 _MORE_SHM: Final = "Ask the admin for a runtime with more resources.sharedMemory"
 _SUBMITTER: Final = "ray-job-submitter"  # KubeRay's container beside the head: exit code 1 whenever the driver fails
@@ -169,7 +171,7 @@ def _out_of_memory(evidence: Evidence) -> Diagnosis | None:
             what = f"{place(pod)} got a bus error (exit code 135), as happens when /dev/shm is full"
             return Diagnosis("OutOfSharedMemory", f"{what}. {_MORE_SHM}.", pod.node, exit_code=135)
     for pod in _by_end(evidence.pods):
-        said = _eviction(pod)
+        said = eviction(pod)
         if "larger consumption of memory" in said:
             return Diagnosis("OutOfHostMemory", f"{place(pod)} was evicted: {quote(said)}. {advice}", pod.node)
         if re.search(r'EmptyDir volume "(shared-memory|[^"]*shm)', said):
@@ -180,9 +182,10 @@ def _out_of_memory(evidence: Evidence) -> Diagnosis | None:
 def _taken(evidence: Evidence) -> Diagnosis | None:
     """Kubernetes took a pod away, or its node."""
     for pod in _by_end(evidence.pods):
-        why, said = pod.disrupted or Block("", ""), _eviction(pod)
+        why, said = pod.disrupted or Block("", ""), eviction(pod)
         if re.search(r"EmptyDir|exceed|larger consumption of ephemeral", said):
-            advice = "Lower checkpoint.keep, or ask the admin for a runtime with more resources.scratch"
+            advice = "ask the admin for a runtime with more resources.scratch"
+            advice = f"Lower checkpoint.keep, or {advice}" if evidence.stage == "train" else capital(advice)
             what = f"{place(pod)} was evicted because its disk is full: {quote(said)}"
             return Diagnosis("Storage", f"{what}. {advice}.", pod.node)
         if said:
@@ -191,7 +194,8 @@ def _taken(evidence: Evidence) -> Diagnosis | None:
         if why.reason == "DeletionByDeviceTaintManager":
             what = f"{place(pod)} was taken away because its device is marked as broken"
             return Diagnosis("Node", f"{what}. {_NOT_THE_JOB}; tell the admin.", pod.node)
-        if pod.node in evidence.lost_nodes or pod.reason == "NodeLost" or why.reason == "DeletionByPodGC":
+        unheard = pod.reason == "NodeLost" or any(stop.reason == "ContainerStatusUnknown" for stop in pod.stops)
+        if pod.node in evidence.lost_nodes or unheard or why.reason == "DeletionByPodGC":
             said = f" ({quote(why.message)})" if why.message else ""
             return Diagnosis("Node", f"{place(pod)} is lost with its node{said}. {_NOT_THE_JOB}.", pod.node)
         if pod.disrupted or pod.reason in ("Preempting", "Terminated"):
@@ -253,17 +257,12 @@ def _kuberay(evidence: Evidence) -> Diagnosis | None:
     if ray_job.outcome == "STOPPED":
         what = "Ray's job was stopped, though neither user nor operator asked for it"
         return Diagnosis("Unknown", f"{what}. {_LOGS}.")
-    running = ray_job.outcome not in ("FAILED", "SUCCEEDED") and ray_job.deployment not in ("Failed", "Complete")
+    running = ray_job.deployment == "Running" and ray_job.outcome not in ("FAILED", "SUCCEEDED")
     headless = not any(pod.role == "head" for pod in evidence.pods)
     if headless and (running or ray_job.message == "Ray head pod not found."):
         return Diagnosis("Unknown", "The head pod is gone, and the cluster does not say why. Did somebody delete it?")
     if known := recognise(ray_job.message):
-        what = SIGNIFIES[known]
-        return Diagnosis(known, f"{what[0].upper()}{what[1:]}. {_advice(evidence, known)}")
-    own = ray_job.reason in ("SubmissionFailed", "ValidationFailed")  # other messages may hold a log
-    said = f": {quote(ray_job.message)}" if own and ray_job.message else ""
-    if ray_job.reason:
-        return Diagnosis("Unknown", f"KubeRay ended the attempt with {quote(ray_job.reason, 100)}{said}. {_LOGS}.")
+        return Diagnosis(known, f"{capital(SIGNIFIES[known])}. {_advice(evidence, known)}")
     return None
 
 
@@ -276,13 +275,21 @@ def _stuck(evidence: Evidence) -> Diagnosis | None:
 
 
 def _containers(evidence: Evidence) -> Diagnosis | None:
-    """A container or a Job ended badly, and that is all that is known."""
-    for pod, stop in _stops(evidence.pods):
-        if stop.reason == "ContainerStatusUnknown":
-            return Diagnosis("Node", f"{place(pod)} was lost by its node. {_NOT_THE_JOB}; tell the admin.", pod.node)
-        if pod.deleting is None:
-            return _exit(evidence, place(pod), stop.exit_code, stop.message, pod, ours=False)
-    failed = evidence.batch_job.failed if evidence.batch_job else None
+    """A container ended badly, and that is all that is known of it."""
+    stops = (found for found in _stops(evidence.pods) if found[0].deleting is None)
+    pod, stop = next(stops, (None, None))
+    return _exit(evidence, place(pod), stop.exit_code, stop.message, pod, ours=False) if pod and stop else None
+
+
+def _closing_words(evidence: Evidence) -> Diagnosis | None:
+    """How KubeRay or the Job controller sum it up."""
+    ray_job, failed = evidence.ray_job, evidence.batch_job.failed if evidence.batch_job else None
+    word = quote(ray_job.reason, 100) if ray_job else ""
+    if ray_job and word:
+        # KubeRay's own words only: under other reasons the message may hold a log.
+        own = ray_job.message and word in ("SubmissionFailed", "ValidationFailed")
+        said = f": {quote(ray_job.message)}" if own else ""
+        return Diagnosis("Unknown", f"KubeRay ended the attempt with {word}{said}. {_LOGS}.")
     said = quote(failed.message or failed.reason) if failed else ""
     return Diagnosis("Unknown", f"{_subject(evidence)} failed: {said}. {_LOGS}.") if said else None
 
@@ -298,6 +305,7 @@ _LOOKS: Final[tuple[Callable[[Evidence], Diagnosis | None], ...]] = (
     _kuberay,
     _stuck,
     _containers,
+    _closing_words,
 )
 
 
@@ -316,13 +324,16 @@ def _tell(evidence: Evidence, words: StageFailure) -> Diagnosis:
     """The trainer's words, with what it cannot know: the plan, and what to do about an error it did not foresee."""
     where = f"Rank {words.rank}" if words.rank is not None else ""
     where += f"{' on node' if where else 'Node'} {words.node}" if words.node else ""
-    said = [f"{where}: {words.message}" if where else words.message or POLICIES[words.reason].about]
+    told = re.sub(r"\s*\n\s*→\s*", "; ", words.message).strip() or POLICIES[words.reason].about  # as errors print
+    said = [f"{where}: {told}" if where else capital(told)]
     if not said[0].endswith((".", "!", "?", "…")):
         said[0] += "."
-    if words.reason in _OUT_OF_MEMORY and not re.search(r"\b(training|deepspeed|resources)\.", words.message):
+    if words.reason in _OUT_OF_MEMORY and not re.search(r"\b(training|deepspeed|resources)\.", told):
         said.append(_advice(evidence, words.reason))
     elif words.reason == "OutOfGpuMemory":
         said.append(expected_memory(evidence.plan))
+    elif words.reason in ("Network", "Unknown"):
+        said.append(f"{_LOGS}.")
     stops = [] if evidence.stage == "train" else [stop.exit_code for _, stop in _stops(evidence.pods)]
     code = stops[-1] if stops else _driver_exit(evidence)
     return Diagnosis(words.reason, " ".join(said), words.node, words.rank, code)
@@ -362,14 +373,6 @@ def _advice(evidence: Evidence, reason: FailureReason) -> str:
             return f"{_MORE_SHM}."
         case _:
             return f"{_LOGS}."
-
-
-def _eviction(pod: Pod) -> str:
-    """The kubelet's words on a pod that it put out for want of memory or disk; empty when it did not."""
-    why = pod.disrupted or Block("", "")
-    if pod.reason == "Evicted":
-        return pod.message or why.message or pod.reason
-    return why.message if why.reason == "TerminationByKubelet" and "low on resource" in why.message else ""
 
 
 def _by_end(pods: Sequence[Pod]) -> list[Pod]:

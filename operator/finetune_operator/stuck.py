@@ -10,7 +10,37 @@ from finetune_api.status import FailureReason
 from finetune_operator.observe import Block, Pod
 from finetune_operator.wording import quote, sentence
 
-_IMAGE: Final = {
+# The words that a stage can be stuck with, and the class to fail with when it still is at its deadline.
+WORDS: Final[dict[str, FailureReason]] = {
+    "ImagePullBackOff": "Image",
+    "ErrImagePull": "Image",
+    "InvalidImageName": "Image",
+    "ErrImageNeverPull": "Image",
+    "ImageInspectError": "Image",
+    "SignatureValidationFailed": "Image",
+    "RunContainerError": "Image",
+    "RegistryUnavailable": "Network",
+    "CreateContainerConfigError": "Storage",  # a pod's only secret and claim are its way to the storage
+    "FailedMount": "Storage",
+    "FailedAttachVolume": "Node",
+    "FailedMapVolume": "Node",
+    "FailedCreatePodSandBox": "Node",
+    "CreateContainerError": "Node",
+    "Unschedulable": "Unschedulable",
+    "QuotaExceeded": "Unschedulable",
+    "LimitRange": "Unschedulable",
+    "PodSecurity": "Unschedulable",
+    "AdmissionRefused": "Unschedulable",
+    "AdmissionUnavailable": "Unschedulable",
+    "ServiceAccountMissing": "Unschedulable",
+    "PriorityClassMissing": "Unschedulable",
+    "NamespaceTerminating": "Unschedulable",
+    "Forbidden": "Unschedulable",
+    "Invalid": "Unknown",
+    "FailedCreate": "Unschedulable",
+    "CrashLoopBackOff": "Unknown",
+}
+_PULLING: Final = {
     "ImagePullBackOff",
     "ErrImagePull",
     "InvalidImageName",
@@ -18,27 +48,6 @@ _IMAGE: Final = {
     "ImageInspectError",
     "RegistryUnavailable",
     "SignatureValidationFailed",
-    "RunContainerError",
-}
-_CONFIG: Final = {"CreateContainerConfigError", "FailedMount"}
-_NODE: Final = {
-    "CreateContainerError",
-    "FailedAttachVolume",
-    "FailedCreatePodSandBox",
-    "FailedPrepareDynamicResources",
-    "FailedMapVolume",
-}
-_REFUSED: Final = {
-    "Unschedulable",
-    "QuotaExceeded",
-    "FailedCreate",
-    "LimitRange",
-    "PodSecurity",
-    "AdmissionRefused",
-    "AdmissionUnavailable",
-    "ServiceAccountMissing",
-    "PriorityClassMissing",
-    "Forbidden",
 }
 
 # How the API server words a refusal: a word of ours for it, and what to do. The first that fits counts.
@@ -71,9 +80,12 @@ _REFUSALS: Final[tuple[tuple[str, str, str], ...]] = (
         "LimitRange",
         "Change workers.cpusEach, or ask the admin to change the namespace's LimitRange",
     ),
+    (r"because it is being terminated", "NamespaceTerminating", "The namespace is being deleted"),
+    (r"is invalid:", "Invalid", "The operator and the cluster's versions do not fit together; tell the admin"),
     (r"cannot (create|patch|get|list) resource", "Forbidden", "The admin must give the operator this right"),
 )
 
+_UNREACHED: Final = "The registry does not answer as it should"
 _PULLS: Final[tuple[tuple[str, str], ...]] = (
     (
         r"unauthori[sz]ed|denied|authentication required|forbidden|40[13]\b",
@@ -81,7 +93,7 @@ _PULLS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"toomanyrequests|too many requests|429",
-        "The registry limits how often it is asked; a pull secret (images.pullSecrets of the runtime) often helps",
+        f"{_UNREACHED}: it limits how often it is asked. A login in the runtime's images.pullSecrets often helps",
     ),
     (r"x509|certificate", "The nodes do not trust the registry's certificate; ask the admin"),
     (
@@ -94,7 +106,7 @@ _PULLS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"no such host|dial tcp|timeout|timed out|connection refused|deadline exceeded|i/o|EOF",
-        "The node does not reach the registry; it is tried again. Ask the admin if it lasts",
+        f"{_UNREACHED}, or the node does not reach it; ask the admin if it lasts",
     ),
     (r"no space left", "The node's disk is full; ask the admin"),
     (r"policy of Never|NeverPull", "The runtime's images.pullPolicy is Never and the node does not have the image"),
@@ -142,31 +154,28 @@ def stuck(pods: Sequence[Pod], troubles: Sequence[Block], *, namespace: str = ""
         many = f"{len(unplaced)} of {len(living)} pods find" if len(living) > 1 else f"Pod {unplaced[0].name} finds"
         found = _unplaced(many, unplaced[0].unschedulable or "")
     elif troubles:
-        found = _trouble(troubles[0], where)
+        known = (block for block in troubles if block.reason in WORDS or _refusal(block))
+        found = _trouble(next(known, troubles[0]), where)
     return Block(_word(found.reason), sentence(found.message)) if found else None
 
 
 def stuck_reason(block: Block) -> FailureReason:
     """The class to fail with when a stage is still stuck by its deadline."""
-    if block.reason in _IMAGE:
-        return "Image"
-    if block.reason in _CONFIG:
-        return "Storage"  # the only secret, ConfigMap and claim of a pod are its way to the storage
-    if block.reason in _NODE:
-        return "Node"
-    return "Unschedulable" if block.reason in _REFUSED else "Unknown"
+    if block.reason in _PULLING and _UNREACHED in block.message:
+        return "Network"
+    return WORDS.get(block.reason, "Unknown")
 
 
 def _waiting(pods: Sequence[Pod], troubles: Sequence[Block], where: str) -> Block:
     """A container cannot start. The image comes first: it is the same for all pods."""
-    pod = min(pods, key=lambda pod: (pod.waiting is None or pod.waiting.reason not in _IMAGE, pod.name))
+    pod = min(pods, key=lambda pod: (pod.waiting is None or pod.waiting.reason not in _PULLING, pod.name))
     reason, said = (pod.waiting.reason, pod.waiting.message) if pod.waiting else ("", "")
     subject = f"Pod {pod.name}" + (f" and {len(pods) - 1} more" if len(pods) > 1 else "")
-    if reason in _IMAGE - {"RunContainerError"}:
+    if reason in _PULLING:
         secrets = next((quote(block.message) for block in troubles if "PullSecret" in block.reason), "")
         advice = _first(_PULLS, f"{reason} {said}", _PULLS_OTHERWISE).format(where=where)
         return Block(reason, f"{subject} cannot get its image: {_said(said, reason)}. {_opened(secrets)}{advice}.")
-    if reason in _CONFIG:
+    if reason == "CreateContainerConfigError":
         return Block(reason, f"{subject} cannot start: {_said(said, reason)}. {_missing(said, where)}.")
     if reason == "CrashLoopBackOff":
         codes = ", ".join(str(stop.exit_code) for stop in pod.stops) or "not known"
@@ -181,15 +190,21 @@ def _trouble(block: Block, where: str) -> Block:
     said = quote(block.message)
     if block.reason == "FailedScheduling":
         return _unplaced("The job's pods find", block.message)
-    for pattern, word, advice in _REFUSALS:
-        if re.search(pattern, block.message):
-            return Block(word, f"The cluster refuses the job's pods in {where}: {said}. {advice}.")
-    if block.reason in _CONFIG or re.search(r"MountVolume|AttachVolume", block.message):
+    if refusal := _refusal(block):
+        word, advice = refusal
+        return Block(word, f"The cluster refuses what the job needs in {where}: {said}. {advice}.")
+    if block.reason == "FailedMount":
         return Block(block.reason, f"A volume cannot be mounted: {said}. {_missing(block.message, where)}.")
     if "PullSecret" in block.reason:
         return Block("ImagePullBackOff", f"{said}. The runtime's images.pullSecrets must exist in {where}.")
     advice = f"`kubectl describe` of the job's pods in {where} says more; ask the admin if it lasts"
     return Block(block.reason, f"The job's pods do not get on: {_said(said, block.reason)}. {advice}.")
+
+
+def _refusal(block: Block) -> tuple[str, str] | None:
+    """Word and advice, where these are the API server's words on something that it does not let be made."""
+    found = ((word, advice) for pattern, word, advice in _REFUSALS if re.search(pattern, block.message))
+    return next(found, None)
 
 
 def _unplaced(subject: str, words: str) -> Block:

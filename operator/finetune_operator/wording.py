@@ -41,9 +41,13 @@ def recognise(words: str) -> FailureReason | None:
 
 
 def quote(text: str, limit: int = _QUOTE_LIMIT) -> str:
-    """Somebody else's words as one line of at most `limit` characters, without a full stop at its end."""
+    """Somebody else's words as one line of at most `limit` characters, without a full stop at its end.
+
+    What is too long loses its middle: a chain of errors names the cause last.
+    """
     line = _CONTROL.sub(" ", text).strip().rstrip(".").rstrip()
-    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+    start = limit // 3
+    return line if len(line) <= limit else f"{line[:start]} … {line[start + 3 - limit :]}"
 
 
 def sentence(text: str) -> str:
@@ -52,16 +56,31 @@ def sentence(text: str) -> str:
     return line if len(line) <= SENTENCE_LIMIT else line[: SENTENCE_LIMIT - 1] + "…"
 
 
+def capital(text: str) -> str:
+    """`text` as the start of a sentence, unless its first word is an address or a name."""
+    first, space, rest = text.partition(" ")
+    return first[:1].upper() + first[1:] + space + rest if first.isalpha() else text
+
+
 def place(pod: Pod) -> str:
     """A pod as the subject of a sentence."""
     kind = {"head": "Head pod", "worker": "Worker pod", "other": "Pod"}[pod.role]
     return f"{kind} {pod.name}" + (f" on node {pod.node}" if pod.node else "")
 
 
+def eviction(pod: Pod) -> str:
+    """The kubelet's words on a pod that it put out for want of memory or disk; empty when it did not."""
+    why = pod.disrupted.message if pod.disrupted and pod.disrupted.reason == "TerminationByKubelet" else ""
+    if pod.reason == "Evicted":
+        return pod.message or why or pod.reason
+    return why if "low on resource" in why else ""
+
+
 def expected_memory(plan: Plan | None) -> str:
     """What the plan expected of a GPU's memory; empty when it did not say."""
-    known = plan is not None and plan.gpu_memory_bytes is not None
-    return f"The plan expected {(plan.gpu_memory_bytes or 0) / 2**30:.1f} GiB on each GPU." if plan and known else ""
+    if plan is None or plan.gpu_memory_bytes is None:
+        return ""
+    return f"The plan expected {plan.gpu_memory_bytes / 2**30:.1f} GiB on each GPU."
 
 
 def gpu_memory_advice(spec: FinetuneJobSpec) -> str:
@@ -79,7 +98,7 @@ def host_memory_advice(spec: FinetuneJobSpec, stage: str) -> str:
     """Settings that give a pod more of its node's memory, or let it use less."""
     admins = "ask the admin for a runtime with more resources.memoryPerCpu"
     if stage != "train":
-        return f"Split the rows into smaller files, or {admins}."
+        return f"{capital(admins)}."
     options = [f"raise workers.cpusEach (is {spec.workers.cpus_each:g}), as memory comes with CPU cores"]
     if "cpu" in (spec.deepspeed.offload.optimizer, spec.deepspeed.offload.parameters):
         options.insert(0, "turn deepspeed.offload off")
@@ -97,4 +116,4 @@ def _smaller_batches(spec: FinetuneJobSpec) -> list[str]:
 
 def _listed(options: list[str]) -> str:
     whole = ", ".join(options[:-1]) + f", or {options[-1]}" if len(options) > 1 else options[0]
-    return whole[0].upper() + whole[1:]
+    return capital(whole)
