@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.status import FailureReason
 from finetune_operator.observe import Block, Pod
 from finetune_operator.wording import quote, sentence
 
+_PULLING: Final = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "SignatureValidationFailed",
+    "RegistryUnavailable",
+)
 # The words that a stage can be stuck with, and the class to fail with when it still is at its deadline.
 WORDS: Final[dict[str, FailureReason]] = {
-    "ImagePullBackOff": "Image",
-    "ErrImagePull": "Image",
-    "InvalidImageName": "Image",
-    "ErrImageNeverPull": "Image",
-    "ImageInspectError": "Image",
-    "SignatureValidationFailed": "Image",
-    "RunContainerError": "Image",
+    **dict.fromkeys(_PULLING, "Image"),
     "RegistryUnavailable": "Network",
+    "RunContainerError": "Image",
     "CreateContainerConfigError": "Storage",  # a pod's only secret and claim are its way to the storage
     "FailedMount": "Storage",
     "FailedAttachVolume": "Node",
@@ -36,18 +40,9 @@ WORDS: Final[dict[str, FailureReason]] = {
     "PriorityClassMissing": "Unschedulable",
     "NamespaceTerminating": "Unschedulable",
     "Forbidden": "Unschedulable",
-    "Invalid": "Unknown",
     "FailedCreate": "Unschedulable",
+    "Invalid": "Unknown",
     "CrashLoopBackOff": "Unknown",
-}
-_PULLING: Final = {
-    "ImagePullBackOff",
-    "ErrImagePull",
-    "InvalidImageName",
-    "ErrImageNeverPull",
-    "ImageInspectError",
-    "RegistryUnavailable",
-    "SignatureValidationFailed",
 }
 
 # How the API server words a refusal: a word of ours for it, and what to do. The first that fits counts.
@@ -105,7 +100,7 @@ _PULLS: Final[tuple[tuple[str, str], ...]] = (
         "The admin must correct the runtime's images.trainer, or push that image",
     ),
     (
-        r"no such host|dial tcp|timeout|timed out|connection refused|deadline exceeded|i/o|EOF",
+        r"registry is unavailable|no such host|dial tcp|timeout|timed out|connection refused|deadline exceeded|i/o|EOF",
         f"{_UNREACHED}, or the node does not reach it; ask the admin if it lasts",
     ),
     (r"no space left", "The node's disk is full; ask the admin"),
@@ -132,6 +127,14 @@ _PLACING: Final[tuple[tuple[str, str], ...]] = (
         r"affinity|selector",
         "Ask the admin whether nodes have the labels of the runtime's nodeSelector",
     ),
+)
+
+_MISSING: Final[tuple[tuple[str, str], ...]] = (
+    (r"couldn't find key (\S+) in (?:Secret|secret) ", "Add the key {name} to that secret"),
+    (r"references non-existent secret key: (\S+)", "Add the key {name} to the secret"),
+    (r'secrets? "([^"]+)" not found', "Create the secret {name} in {where}; the runtime's storage.secretName names it"),
+    (r'configmaps? "([^"]+)" not found', "The operator made the ConfigMap {name} in {where}; somebody deleted it"),
+    (r'persistentvolumeclaims? "([^"]+)" not found', "Create the claim {name} in {where}"),
 )
 
 
@@ -215,28 +218,9 @@ def _unplaced(subject: str, words: str) -> Block:
 
 def _missing(said: str, where: str) -> str:
     """What to do about a volume or a variable that has no source."""
-    checks: tuple[tuple[str, Callable[[str], str]], ...] = (
-        (
-            r"couldn't find key (\S+) in (?:Secret|secret) (\S+)",
-            lambda key: f"Add the key {key} to that secret",
-        ),
-        (
-            r"references non-existent (?:secret|config) key: (\S+)",
-            lambda key: f"Add the key {key} to it",
-        ),
-        (
-            r'secrets? "([^"]+)" (?:not found|is forbidden)',
-            lambda name: f"Create the secret {name} in {where}; the runtime's storage.secretName asks for it",
-        ),
-        (
-            r'configmaps? "([^"]+)" not found',
-            lambda name: f"The operator makes the ConfigMap {name} in {where}; somebody deleted it",
-        ),
-        (r'persistentvolumeclaims? "([^"]+)" not found', lambda name: f"Create the claim {name} in {where}"),
-    )
-    for pattern, advice in checks:
+    for pattern, advice in _MISSING:
         if match := re.search(pattern, said):
-            return advice(quote(match[1].rstrip(":,"), 253))
+            return advice.format(name=quote(match[1].rstrip(":,"), 253), where=where)
     return "Ask the admin whether the runtime's storage settings fit this cluster"
 
 
