@@ -82,8 +82,8 @@ def test_every_container_knows_its_attempt() -> None:
 def test_no_task_runs_on_the_head() -> None:
     head = built(JOBS["on GPUs"])["spec"]["rayClusterSpec"]["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"
-    limits = head["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert set(limits) == {"memory"}
+    needs = head["template"]["spec"]["containers"][0]["resources"]
+    assert needs == {"requests": {"cpu": "500m", "memory": "4096Mi"}, "limits": {"memory": "4096Mi"}}
 
 
 def test_the_head_opens_the_ports_that_kuberay_and_the_operator_ask() -> None:

@@ -96,14 +96,18 @@ def _storage_environment(storage: Storage) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def resources(runtime: FinetuneRuntimeSpec, cpus: float, gpus: int = 0) -> Manifest:
+def resources(
+    runtime: FinetuneRuntimeSpec, cpus: float, *, gpus: int = 0, memory_cpus: float | None = None
+) -> Manifest:
     """Requests and limits of a container. CPU has no limit: throttling slows the step of every rank.
 
     Args:
-        cpus: cores; memory goes with them.
+        cpus: cores.
         gpus: devices of the runtime's accelerator.
+        memory_cpus: cores whose memory it gets, where that is not `cpus`.
     """
-    memory = f"{math.ceil(cpus * _mebibytes(runtime.resources.memory_per_cpu))}Mi"
+    cores = cpus if memory_cpus is None else memory_cpus
+    memory = f"{math.ceil(cores * _mebibytes(runtime.resources.memory_per_cpu))}Mi"
     found: Manifest = {"requests": {"cpu": _cores(cpus), "memory": memory}, "limits": {"memory": memory}}
     if gpus:
         found["limits"][runtime.accelerator.resource_name] = str(gpus)

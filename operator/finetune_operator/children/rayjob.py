@@ -29,7 +29,8 @@ WORKER_GROUP: Final = "workers"
 CLEAN_UP_SECONDS: Final = 600  # KubeRay frees the GPUs this long after the end, when no operator did
 GRACE_SECONDS: Final = 120
 _DRAIN_SECONDS: Final = 100  # below the grace period: time for a checkpoint before the kubelet kills
-_HEAD_CPUS: Final = 1.0  # GCS, dashboard and driver; no task runs there
+_HEAD_CPUS: Final = 0.5  # GCS, dashboard and driver mostly wait, and no task runs there …
+_HEAD_MEMORY_CPUS: Final = 1.0  # … but they need the memory of a core
 _INT32_MAX: Final = 2**31 - 1
 
 _HEAD_PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "progress": PROGRESS_PORT}
@@ -96,7 +97,8 @@ def _ray_cluster(owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSp
 
 
 def _head(runtime: FinetuneRuntimeSpec, used: list[Volume], env: dict[str, str]) -> Manifest:
-    only = container("ray-head", runtime, used, env, resources(runtime, _HEAD_CPUS), ports=_HEAD_PORTS)
+    needs = resources(runtime, _HEAD_CPUS, memory_cpus=_HEAD_MEMORY_CPUS)
+    only = container("ray-head", runtime, used, env, needs, ports=_HEAD_PORTS)
     return pod_spec(runtime, only, used, restart="Never", grace_seconds=GRACE_SECONDS)
 
 
@@ -105,7 +107,7 @@ def _workers(
 ) -> Manifest:
     workers = spec.workers
     cpus = workers.cpus_each * max(1, workers.gpus_each)
-    only = container("ray-worker", runtime, used, env, resources(runtime, cpus, workers.gpus_each))
+    only = container("ray-worker", runtime, used, env, resources(runtime, cpus, gpus=workers.gpus_each))
     # Restarted in its place, a worker keeps its node and image, and its status says how it ended before.
     pod = pod_spec(runtime, only, used, restart="Always", grace_seconds=GRACE_SECONDS)
     if runtime.node_selector:
