@@ -44,6 +44,7 @@ verify: lint ## Check style, types, import arrows and that generated files are c
 	$(BIN)/lint-imports
 	@$(MAKE) generate INTO=.cache/generated/
 	diff -r manifests/crds .cache/generated/manifests/crds
+	diff manifests/install.yaml .cache/generated/manifests/install.yaml
 	diff -r docs/reference .cache/generated/docs/reference
 
 .PHONY: lint
@@ -60,6 +61,7 @@ format: setup ## Put the code into the one style
 generate: setup ## Write the files that are made from the models
 	$(BIN)/python -m finetune_api.crd $(INTO)manifests/crds
 	$(BIN)/python -m finetune_api.docs $(INTO)docs/reference
+	$(BIN)/python -m finetune_operator.install $(INTO)manifests/install.yaml
 	$(BIN)/python -m finetune_operator.docs $(INTO)docs/reference
 
 .PHONY: bench

@@ -1,4 +1,4 @@
-"""The reference page of the failure classes, generated from the policies.
+"""The reference pages of the failure classes and of the rights, generated from their tables.
 
 python -m finetune_operator.docs docs/reference
 """
@@ -6,11 +6,14 @@ python -m finetune_operator.docs docs/reference
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from finetune_api.docs import table
+from finetune_operator import rights
 from finetune_operator.failures import POLICIES
+from finetune_operator.rights import Right
 from finetune_operator.stuck import WORDS
 
 _NOTICE: Final = "<!-- Generated from operator/finetune_operator by `make generate`. Do not edit. -->\n"
@@ -27,6 +30,18 @@ _WAITS: Final = """\
 `status.reason` says what a job waits for that has not failed. What still holds it up at the operator's start deadline
 ends the attempt, with the class beside it; any other word does with `Unknown`, and an image with `Network` where the
 registry does not answer.
+"""
+_RIGHTS: Final = """\
+What `manifests/install.yaml` allows, and why. Each row is asserted against a real API server in
+`tests/api/test_rbac.py`, with that nothing else is allowed.
+
+## The operator
+
+Service account `finetune-operator` in namespace `finetune-system`. No right on Secrets, and none to make pods, roles or
+resource definitions. It makes RayJobs and Jobs, though, and whoever can do that can run pods in that namespace: the
+operator's token is worth as much as the `edit` role's in every namespace where it is bound.
+
+In the namespaces of jobs, as ClusterRole `finetune-operator`:
 """
 
 
@@ -46,10 +61,51 @@ def failures() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def rbac() -> str:
+    """The Markdown page of all rights."""
+    lines = [
+        _NOTICE,
+        "# Rights\n",
+        _RIGHTS,
+        *_rows(rights.IN_JOB_NAMESPACES),
+        "In the whole cluster, as ClusterRole `finetune-operator-cluster`:\n",
+        *_rows(rights.IN_CLUSTER),
+        "In its own namespace, as Role `finetune-operator`:\n",
+        *_rows(rights.IN_OWN_NAMESPACE),
+        "## People\n",
+        "Who has `edit` or `admin` in a namespace may do there:\n",
+        *_rows(rights.EDITORS),
+        "Who has `view` there:\n",
+        *_rows(rights.VIEWERS),
+        "Runtimes are the admin's and in no namespace. Whom you bind to ClusterRole `finetune-runtime-reader`:\n",
+        *_rows(rights.RUNTIME_READERS),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(allowed: Sequence[Right]) -> list[str]:
+    rows = [
+        (
+            f"`{right.resource.group}`" if right.resource.group else "",
+            f"`{right.target}`" + "".join(f" `{name}`" for name in right.names),
+            ", ".join(right.verbs),
+            right.why,
+        )
+        for right in allowed
+    ]
+    return table(("Group", "Resource", "Verbs", "What for"), rows)
+
+
+def pages() -> dict[str, str]:
+    """Every page, by its file name."""
+    return {"failures.md": failures(), "rbac.md": rbac()}
+
+
 def main(folder: str) -> None:
-    """Writes the page."""
+    """Writes the pages."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "failures.md").write_text(failures(), encoding="utf-8")
+    for name, text in pages().items():
+        (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
