@@ -21,8 +21,9 @@ from finetune_operator.client import (
     Resource,
 )
 from finetune_operator.election import Election, LeadershipLost
-from finetune_operator.health import checked, page, serve
+from finetune_operator.health import Sites, checked, page, serve
 from finetune_operator.metrics import CONTENT_TYPE, JobCollector, JobSummary, Metrics, summarize
+from finetune_operator.nesting import prune
 from finetune_operator.queue import KeyedQueue
 from finetune_operator.reflector import Reflector
 from finetune_operator.settings import Settings
@@ -85,7 +86,7 @@ class Controller:
         self.metrics = Metrics()
         self.election = election
         self.stores = Stores(
-            Store(trim_metadata, summarize, self._on_summary),
+            Store(trim_job, summarize, self._on_summary),
             Store(trim_metadata),
             Store(trim_ray_job),
             Store(trim_kube_job),
@@ -111,11 +112,7 @@ class Controller:
         Raises:
             LeadershipLost: another replica may write now; the process must end at once.
         """
-        sites = {
-            self.settings.health_bind_address: {"/healthz": checked(self.unhealthy), "/readyz": checked(self.unready)},
-            self.settings.metrics_bind_address: {"/metrics": page(self._page, CONTENT_TYPE)},
-        }
-        async with serve(sites) as self.listening:
+        async with serve(self._sites()) as self.listening:
             watching = [asyncio.create_task(reflector.run()) for reflector in self.reflectors]
             electing = asyncio.create_task(self.election.run()) if self.election else None
             leading = asyncio.create_task(self._lead())
@@ -157,6 +154,15 @@ class Controller:
             for reflector in self.reflectors
             if reflector.failed or not reflector.synced.is_set()
         ]
+
+    def _sites(self) -> Sites:
+        sites: Sites = {self.settings.health_bind_address: {}, self.settings.metrics_bind_address: {}}
+        sites[self.settings.health_bind_address] |= {
+            "/healthz": checked(self.unhealthy),
+            "/readyz": checked(self.unready),
+        }
+        sites[self.settings.metrics_bind_address]["/metrics"] = page(self._page, CONTENT_TYPE)
+        return sites
 
     def _reflectors(self, client: Client) -> list[Reflector]:
         stores = self.stores
@@ -258,6 +264,12 @@ async def cancel(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def trim_job(job: Object) -> Object:
+    """All of it, but nothing nested deeper than anything that is meant."""
+    trimmed: Object = prune(trim_metadata(job))
+    return trimmed
 
 
 def trim_ray_job(ray_job: Object) -> Object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -12,6 +12,7 @@ from aiohttp import web
 from finetune_api.errors import FinetuneError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Sites = dict[str, dict[str, Handler]]  # by address and path
 
 OFF: Final = "0"
 
@@ -48,8 +49,8 @@ def page(render: Callable[[], bytes], content_type: str) -> Handler:
 
 
 @asynccontextmanager
-async def serve(sites: Mapping[str, Mapping[str, Handler]]) -> AsyncIterator[list[tuple[str, int]]]:
-    """Serves handlers by address and path; yields the addresses that are listened on.
+async def serve(sites: Sites) -> AsyncIterator[list[tuple[str, int]]]:
+    """Serves handlers; yields the addresses that are listened on.
 
     Raises:
         FinetuneError: an address is malformed or cannot be had.

@@ -91,8 +91,8 @@ class Store(Generic[S]):
         old = self._entries.get(key)
         if old and old.version > version:
             return False
-        _, job = self._deleted.pop(key, (0, None))
-        self._deleted[key] = (version, old.job if old else job)
+        known, job = self._deleted.pop(key, (0, None))
+        self._deleted[key] = (max(version, known), old.job if old else job)
         while len(self._deleted) > _TOMBSTONES:
             del self._deleted[next(iter(self._deleted))]
         if old:
