@@ -22,6 +22,7 @@ from kubernetes.aio.client.rest import RESTClientObject
 from finetune_api.base import GROUP, VERSION
 from finetune_operator.clock import ServerClock
 from finetune_operator.connection import configure, guarded
+from finetune_operator.nesting import loads
 from finetune_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -220,8 +221,8 @@ class Client:
         except TimeoutError as error:
             raise _unanswered(error) from error
         try:
-            async for line in response.content:
-                event: Object = json.loads(line)
+            async for line in _lines(response.content):
+                event: Object = loads(line)
                 if event.get("type") == "ERROR":
                     raise _error_of(event.get("object") or {}, 500)
                 yield event
@@ -303,7 +304,7 @@ class Client:
         timeout = aiohttp.ClientTimeout(total=self._timeout)
         response = await self._send(verb, resource, method, url, body, content, timeout)
         try:
-            answer = json.loads(await response.read())
+            answer = loads(await response.read())
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _unanswered(error) from error
         if not isinstance(answer, dict):
@@ -341,6 +342,17 @@ class Client:
             raise _unanswered(error) from error
         finally:
             self.count(verb, resource.plural, str(code))
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length: aiohttp's own end at 128 KiB, and a job may have ten times that."""
+    parts: list[bytes] = []
+    async for chunk in content.iter_any():
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            yield b"".join([*parts, line])
+            parts.clear()
+        parts.append(rest)
 
 
 def _refused(response: aiohttp.ClientResponse, body: bytes) -> ApiError:

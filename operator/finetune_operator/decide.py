@@ -23,13 +23,14 @@ from finetune_api.job import FinetuneJobSpec
 from finetune_api.status import Phase, Plan
 from finetune_operator.actions import Action, Decision, Delete, DeleteSelf, MakeAttempt, MakePrepare
 from finetune_operator.children.names import prepare_name, ray_job_name
-from finetune_operator.draft import Draft, Timing, sentence
+from finetune_operator.draft import Draft, Timing
 from finetune_operator.endings import end_failed, fail, kept, last_failure
 from finetune_operator.failures import Diagnosis, Evidence, classify
 from finetune_operator.follow import follow, hear, starting
 from finetune_operator.observe import BatchJob, Observed, RayJob, format_time, parse_time, stage_report
 from finetune_operator.release import release
 from finetune_operator.runtimes import active_deadline, max_cost
+from finetune_operator.wording import sentence
 
 LEAVING_SECONDS: Final = 45.0  # that a new attempt waits for the pods of the last one to go
 
@@ -140,9 +141,14 @@ def _prepare(draft: Draft, spec: FinetuneJobSpec) -> None:
         draft.say("Preparing", "Restarting", "The prepare Job was deleted; another one follows.")
     elif job.failed:
         evidence = Evidence(
-            stage="prepare", pods=pods, ray_job=None, batch_job=job, report=None, stage_report=stage_report(pods),
-            troubles=draft.observed.troubles, lost_nodes=draft.observed.lost_nodes, plan=None, spec=spec,
-        )  # fmt: skip
+            stage="prepare",
+            pods=pods,
+            batch_job=job,
+            stage_report=stage_report(pods),
+            troubles=draft.observed.troubles,
+            lost_nodes=draft.observed.lost_nodes,
+            spec=spec,
+        )
         draft.condition("Prepared", "False", "Failed")
         draft.note(counted_uid=job.uid)
         fail(draft, 0, classify(evidence))

@@ -10,9 +10,9 @@ from finetune_api.status import Attempts, Condition, Phase
 from finetune_operator.accounting import Cause, account
 from finetune_operator.actions import Action, Decision, Event
 from finetune_operator.observe import Observed, format_time, parse_time
+from finetune_operator.wording import sentence
 
 TERMINAL: Final = ("Complete", "Failed")
-_SENTENCE: Final = 1024
 _COUNTED: Final = ("cost", "goodput", "accounted")
 
 
@@ -166,8 +166,3 @@ class Draft:
         elif new.reason != old.reason and new.message:
             events.append(Event("Normal" if self.holds("Running") else "Warning", new.reason or "", new.message))
         return events
-
-
-def sentence(text: str) -> str:
-    """A text cut to what a status field holds."""
-    return text if len(text) <= _SENTENCE else text[: _SENTENCE - 1] + "…"

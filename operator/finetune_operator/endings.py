@@ -7,9 +7,10 @@ from typing import Final
 from finetune_api.job import Limits
 from finetune_api.status import Failure, Phase, Result
 from finetune_operator.accounting import Cause, lose
-from finetune_operator.draft import Draft, sentence
+from finetune_operator.draft import Draft
 from finetune_operator.failures import POLICIES, Diagnosis
 from finetune_operator.observe import format_time
+from finetune_operator.wording import sentence
 
 PREEMPTION_BACKOFF: Final = 5.0
 RETRY_BACKOFF: Final = 10.0

@@ -41,8 +41,6 @@ from finetune_operator.wording import (
     sentence,
 )
 
-__all__ = ["POLICIES", "Diagnosis", "Evidence", "Policy", "classify", "stuck", "stuck_reason"]
-
 
 @dataclass(frozen=True)
 class Policy:

@@ -42,6 +42,9 @@ def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
     elif report and report.age > draft.timing.hang:
         message = f"The trainer has not got on for {report.age:.0f} s; it was at step {report.step}."
         fail(draft, ray_job.attempt, Diagnosis("Hang", message))
+    elif (ray_job.suspended or ray_job.deployment == "Suspended") and draft.old.phase in ("Training", "Finishing"):
+        # Resumed, it would run again under the same number, unfenced.
+        fail(draft, ray_job.attempt, Diagnosis("Preempted", "Kueue took the job's quota back while it ran."))
     elif ray_job.suspended or ray_job.deployment == "Suspended":
         draft.say("Queued", "Queued", draft.observed.queued or "Kueue lets it wait for quota.")
     elif ray_job.deployment == "Running" and report and report.state != "starting":
@@ -93,11 +96,9 @@ def _evidence(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> Evidence:
     observed = draft.observed
     return Evidence(
         stage="train",
-        pods=observed.pods_of("train", ray_job.attempt),
+        pods=[*observed.pods_of("train", ray_job.attempt), *observed.gone],
         ray_job=ray_job,
-        batch_job=None,
         report=draft.report,
-        stage_report=None,
         troubles=observed.troubles,
         lost_nodes=observed.lost_nodes,
         plan=draft.status.plan,
@@ -133,13 +134,10 @@ def _finish(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
         evidence = Evidence(
             stage="result",
             pods=observed.pods_of("result"),
-            ray_job=None,
             batch_job=job,
-            report=None,
             stage_report=stage_report(observed.pods_of("result")),
             troubles=observed.troubles,
             lost_nodes=observed.lost_nodes,
-            plan=None,
             spec=spec,
         )
         diagnosis = classify(evidence)

@@ -51,6 +51,8 @@ class Memory:
     troubles: tuple[Block, ...] = ()
     queued: str = ""
     refused: dict[str, Refused] = field(default_factory=dict)
+    attempt: int = 0
+    pods: dict[str, Pod] = field(default_factory=dict)
 
 
 class Observer:
@@ -77,6 +79,7 @@ class Observer:
         lost: frozenset[str] = frozenset()
         live = attempts.get(job.status.attempt or 0) if job.status.completion_time is None else None
         if live:
+            _remember(live.attempt, pods, memory)
             await self._hear(live, pods, memory, now)
             if live.deployment == "Failed" or memory.head_lost is not None:
                 lost = await self._lost_nodes(pods)
@@ -98,6 +101,7 @@ class Observer:
             queued=memory.queued,
             head_lost=memory.head_lost,
             lost_nodes=lost,
+            gone=[pod for uid, pod in memory.pods.items() if uid not in {pod.uid for pod in pods}],
         )
 
     def pods(self, key: Key, runtime: FinetuneRuntimeSpec | None) -> list[Pod]:
@@ -218,6 +222,13 @@ class Observer:
             if any(each["type"] == "Ready" and each["status"] != "True" for each in conditions):
                 lost.add(name)
         return frozenset(lost)
+
+
+def _remember(attempt: int, pods: Sequence[Pod], memory: Memory) -> None:
+    """Keeps what the attempt's pods were like: a preempted one is gone before KubeRay says that something failed."""
+    if memory.attempt != attempt:
+        memory.attempt, memory.pods = attempt, {}
+    memory.pods |= {pod.uid: pod for pod in pods if pod.attempt == attempt and (pod.disrupted or pod.stops)}
 
 
 def _stuck(live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], now: float) -> str:

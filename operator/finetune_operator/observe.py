@@ -5,10 +5,11 @@ Times are Unix seconds. Nothing here talks to anyone or knows what should be don
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -20,8 +21,12 @@ from finetune_api.stage import ProgressReport, StageReport
 from finetune_api.status import FinetuneJobStatus
 from finetune_operator.children.labels import STAGE_LABEL
 from finetune_operator.children.names import attempt_of
+from finetune_operator.nesting import depth_of
 
 Json = Mapping[str, Any]
+
+_PODS: Final = re.compile(r'pods "[^"]*"')  # KubeRay tries with a new name each time
+MAX_DEPTH: Final = 32  # of a spec; half of what is read at all, so that what was cut is noticed
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ class Observed:
         head_lost: since when a running attempt has no head pod.
         queued: why Kueue lets the current attempt wait.
         lost_nodes: nodes of the job's pods that are not ready or gone.
+        gone: pods of the current attempt as last seen before they were deleted: they may say why it failed.
     """
 
     job: Job
@@ -175,6 +181,7 @@ class Observed:
     queued: str = ""
     head_lost: float | None = None
     lost_nodes: frozenset[str] = frozenset()
+    gone: Sequence[Pod] = ()
 
     def pods_of(self, stage: str, attempt: int | None = None) -> list[Pod]:
         """Pods of a stage, and of one attempt where it is given."""
@@ -195,10 +202,15 @@ def read_job(manifest: Json) -> Job:
     """A FinetuneJob; a status that is not ours is read as an empty one."""
     metadata = manifest["metadata"]
     spec, problem = None, ""
-    try:
-        spec = FinetuneJobSpec.model_validate(manifest["spec"], by_alias=True, by_name=False)
-    except ValidationError:
-        problem = _problem(manifest)
+    if depth_of(manifest["spec"]) > MAX_DEPTH:
+        problem = (
+            f"spec.deepspeed.config: values are nested deeper than {MAX_DEPTH} levels; DeepSpeed has no such keys."
+        )
+    else:
+        try:
+            spec = FinetuneJobSpec.model_validate(manifest["spec"], by_alias=True, by_name=False)
+        except ValidationError:
+            problem = _problem(manifest)
     try:
         status = FinetuneJobStatus.model_validate(manifest.get("status") or {}, by_alias=True, by_name=False)
     except ValidationError:
@@ -254,7 +266,7 @@ def read_ray_job(manifest: Json, owner: str) -> RayJob | None:
         message=status.get("message", ""),
         ended=parse_time(status.get("endTime")),
         cluster=status.get("rayClusterName", ""),
-        cluster_trouble=refused.get("message") or cluster.get("reason", ""),
+        cluster_trouble=_PODS.sub("pods", refused.get("message") or cluster.get("reason", "")),
     )
 
 

@@ -68,6 +68,7 @@ class JobReconciler:
         try:
             if decision.status != job.status:
                 await self._write(manifest, decision.status)
+                _log_change(job.status, decision.status)
             elif any(isinstance(action, MakeAttempt) for action in decision.actions):
                 await self._check(job)
         except ApiError as error:
@@ -178,6 +179,11 @@ def merge_patch(old: Any, new: Any) -> Any:
         elif before != value:
             patch[name] = value
     return patch
+
+
+def _log_change(before: FinetuneJobStatus, after: FinetuneJobStatus) -> None:
+    if (before.phase, before.reason) != (after.phase, after.reason):
+        log.info("phase", phase=after.phase, reason=after.reason, message=after.message or "")
 
 
 def _made_by(job: str, action: Action) -> str | None:

@@ -274,6 +274,21 @@ def test_a_job_in_kueues_queue_is_queued_with_kueues_words_and_no_deadline() -> 
     assert "insufficient quota" in (decision.status.message or "")
 
 
+def test_quota_that_kueue_takes_back_is_a_preemption_and_the_number_never_runs_twice() -> None:
+    running = at(training())
+    taken = again(training(), running, attempts={1: ray_job(deployment="Suspending", outcome="", suspended=True)})
+    decision = at(taken)
+    assert decision.status.attempts is not None
+    assert (decision.status.attempts.ended, decision.status.attempts.preemptions) == (1, 1)
+    assert decision.actions == (Delete("RayJob", "support-a1", "ray-job-1"),)
+
+
+def test_a_preempted_pod_that_is_gone_already_still_says_why() -> None:
+    taken = pod(number=1, disrupted=Block("PreemptionByScheduler", "a higher priority"))
+    failing = training(attempts={1: ray_job(deployment="Failed", outcome="FAILED")}, pods=[], gone=[taken], report=None)
+    assert at(failing).status.failures[-1].reason == "Preempted"
+
+
 def test_suspending_frees_the_gpus_and_uses_no_budget() -> None:
     spec = job_spec(suspend=True)
     first = at(training(spec=spec))

@@ -93,6 +93,9 @@ class World(RuleBasedStateMachine):
                 assert after.attempts is not None
                 assert after.attempts.ended < action.number
                 assert not self.spec.suspend
+        limits = ("DeadlineExceeded", "CostExceeded")  # of the job, not of an attempt
+        failed = [each.attempt for each in after.failures if each.attempt and each.reason not in limits]
+        assert len(failed) == len(set(failed)), "an attempt fails once"
         if before.cost and after.cost:
             assert after.cost.spent >= before.cost.spent
         if after.goodput:
