@@ -1,18 +1,23 @@
-"""The reference pages of the failure classes and of the rights, generated from their tables.
+"""The reference pages of the failure classes, the rights, the settings and the metrics, generated from their tables.
 
 python -m finetune_operator.docs docs/reference
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import click
+
 from finetune_api.docs import table
 from finetune_operator import rights
+from finetune_operator.command import PREFIX, operator
 from finetune_operator.failures import POLICIES
+from finetune_operator.metrics import JobCollector, Metrics
 from finetune_operator.rights import Right
 from finetune_operator.stuck import WORDS
 
@@ -42,6 +47,15 @@ resource definitions. It makes RayJobs and Jobs, though, and whoever can do that
 operator's token is worth as much as the `edit` role's in every namespace where it is bound.
 
 In the namespaces of jobs, as ClusterRole `finetune-operator`:
+"""
+_HEALTH: Final = """\
+`/healthz` fails when the process should be started again: a cache that nothing is certain about for 75 s (10 minutes
+while the API server refuses or does not answer, since a restart brings none back), or jobs that wait while none is
+finished for 2 minutes. `/readyz` fails while a cache is not filled or its watch is failing. A replica that does not
+lead fills its caches too, and is ready to take over.
+"""
+_METRICS: Final = """\
+The replica that leads exports the jobs; `finetune_operator_leader` says which one that is.
 """
 
 
@@ -96,9 +110,47 @@ def _rows(allowed: Sequence[Right]) -> list[str]:
     return table(("Group", "Resource", "Verbs", "What for"), rows)
 
 
+def settings() -> str:
+    """The Markdown page of the operator's flags, its health and its metrics."""
+    flags = [
+        (
+            " / ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts)),
+            f"`{PREFIX}_{(option.name or '').upper()}`",
+            f"`{str(option.default).lower()}`"
+            if isinstance(option.default, str | int) and option.default != ""
+            else "",
+            option.help or "",
+        )
+        for option in operator.params
+        if isinstance(option, click.Option)
+    ]
+    metrics = Metrics()
+    metrics.registry.register(JobCollector(list))
+    families = [
+        (f"`{family.name}{'_total' if family.type == 'counter' else ''}`", family.type, family.documentation)
+        for family in metrics.registry.collect()
+    ]
+    lines = [
+        _NOTICE,
+        "# The operator's settings, health and metrics\n",
+        inspect.cleandoc(operator.help or "") + "\n",
+        *table(("Flag", "Variable", "Default", "Meaning"), flags),
+        "## Health\n",
+        _HEALTH,
+        "## Metrics\n",
+        _METRICS,
+        *table(("Metric", "Type", "Meaning"), sorted(families)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _shown(default: object) -> str:
+    return f"`{str(default).lower()}`" if isinstance(default, str | int) and default != "" else ""
+
+
 def pages() -> dict[str, str]:
     """Every page, by its file name."""
-    return {"failures.md": failures(), "rbac.md": rbac()}
+    return {"failures.md": failures(), "operator.md": settings(), "rbac.md": rbac()}
 
 
 def main(folder: str) -> None:
