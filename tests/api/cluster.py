@@ -261,6 +261,8 @@ def _apiserver_flags(c: Cluster, etcd_port: int) -> list[str]:
         "--endpoint-reconciler-type=none",
         f"--cert-dir={c.ca.parent}",
         "--authorization-mode=Node,RBAC",
+        # As on OpenShift: who says that a child blocks its owner's deletion needs a right on the owner's finalizers.
+        "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",
         f"--token-auth-file={tokens}",
         f"--audit-log-path={c.audit_log}",
         f"--audit-policy-file={policy}",
