@@ -63,6 +63,7 @@ generate: setup ## Write the files that are made from the models
 	$(BIN)/python -m finetune_api.docs $(INTO)docs/reference
 	$(BIN)/python -m finetune_operator.install $(INTO)manifests/install.yaml
 	$(BIN)/python -m finetune_operator.docs $(INTO)docs/reference
+	$(BIN)/python -m finetune_operator.plugin.docs $(INTO)docs/reference
 
 .PHONY: bench
 bench: setup ## Measure training on this machine's CPU against TRL

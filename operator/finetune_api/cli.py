@@ -126,10 +126,10 @@ def _missing(error: ModuleNotFoundError) -> FinetuneError:
     return FinetuneError(f"the module {error.name} is missing", hint="install finetune again")
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, command: click.Command = cli, name: str = "finetune") -> int:
     """Runs the command line and returns its exit code; every error ends as a sentence on stderr."""
     try:
-        code = cli.main(arguments, prog_name="finetune", standalone_mode=False)
+        code = command.main(arguments, prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
@@ -164,8 +164,8 @@ def _forgiving(stream: TextIO) -> None:
         reconfigure(errors="backslashreplace")
 
 
-def main() -> None:
-    """Entry point of the `finetune` script."""
+def main(command: click.Command = cli, name: str = "finetune") -> None:
+    """Entry point of the `finetune` script, and of others that end the same way."""
     _forgiving(sys.stdout)
     _forgiving(sys.stderr)
-    sys.exit(run())
+    sys.exit(run(command=command, name=name))

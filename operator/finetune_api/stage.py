@@ -22,6 +22,7 @@ STORAGE_SECRET_PATH: Final = "/etc/finetune/storage"  # one file for each key of
 SCRATCH_PATH: Final = "/scratch"
 MODEL_PATH: Final = "/scratch/model"
 PROGRESS_PORT: Final = 8090
+RANK_MARK: Final = "[rank {}] "  # what a worker's lines begin with in its pod's log, since a pod may hold several
 TERMINATION_MESSAGE_BYTES: Final = 4096  # the kubelet cuts what is longer
 
 

@@ -1,0 +1,1 @@
+"""`kubectl finetune`: what a person sees of FinetuneJobs, and the few things they do to them."""
