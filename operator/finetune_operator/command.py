@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -95,6 +96,7 @@ async def serve(settings: Settings, reconciler: ReconcilerFactory) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     clock = ServerClock()
     # Renewals of the Lease have connections of their own, so that they wait for nothing else.
+    _log.info("starting", version=metadata.version("finetune"), namespaces=settings.namespaces or "all")
     async with Client.connect(settings, clock) as client, Client.connect(settings, clock) as lease_client:
         election = Election(lease_client, settings) if settings.leader_elect else None
         controller = Controller(settings, client, reconciler, election)

@@ -17,7 +17,7 @@ Object = dict[str, Any]
 S = TypeVar("S")
 
 JOB_LABEL: Final = "finetune.dev/job"
-_TOMBSTONES: Final = 1000  # deletions remembered; a late answer to a write is seconds old, not a thousand deletions
+_TOMBSTONES: Final = 10_000  # deletions remembered; a late answer to a write is seconds old
 _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 _ZLIB_WINDOW: Final = 32_768
 

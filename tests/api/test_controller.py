@@ -272,6 +272,7 @@ def test_the_command_ends_well_on_sigterm(settings: Settings, api: Api, namespac
         finally:
             process.kill()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert lines[0]["identity"] == holder
+    assert [line["event"] for line in lines] == ["starting", "leading", "stopping"]
+    assert lines[1]["identity"] == holder
     assert [line["level"] for line in lines] == ["info"] * len(lines)
     assert not api.get(lease, "finetune-operator", namespace)["spec"].get("holderIdentity")
