@@ -61,6 +61,8 @@ Sentence = Annotated[str, StringConstraints(max_length=1024)]
 LongText = Annotated[str, StringConstraints(min_length=1, max_length=8192)]
 ResourceName = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=patterns.NAME)]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=patterns.ADDRESS)]
+# A folder's address leaves room for what is put below it.
+FolderUri = Annotated[str, StringConstraints(min_length=1, max_length=768, pattern=patterns.ADDRESS)]
 Sha256 = Annotated[str, StringConstraints(min_length=64, max_length=64, pattern=patterns.SHA256)]
 Timestamp = Annotated[
     str, StringConstraints(max_length=40, pattern=patterns.TIMESTAMP), Field(json_schema_extra={"format": "date-time"})

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from finetune_api import patterns
-from finetune_api.base import Duration, Fraction, LongText, Model, PositiveCount, ResourceName, ShortText, Uri
+from finetune_api.base import (
+    Duration,
+    FolderUri,
+    Fraction,
+    LongText,
+    Model,
+    PositiveCount,
+    ResourceName,
+    ShortText,
+    Uri,
+)
 
 Objective = Literal["sft", "pretrain", "dpo"]
 Tuning = Literal["full", "lora"]
@@ -206,7 +216,11 @@ class Checkpoint(Model):
 class Output(Model):
     """Where the weights go."""
 
-    uri: Uri = Field(description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path.")
+    uri: FolderUri = Field(
+        description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path."
+    )
+        description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path."
+    )
     merge: bool = Field(True, description="With lora: also write the base model with the adapter merged in.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type on disk; auto: the base model's.")
 

@@ -103,7 +103,7 @@ class Storage(Model):
         "GOOGLE_APPLICATION_CREDENTIALS_JSON. Absent: the pods' own identity.",
     )
     ca_bundle: ConfigMapKey | None = Field(None, description="Certificates (PEM) that the endpoint is checked with.")
-    work_uri: Annotated[str, StringConstraints(max_length=1024, pattern=patterns.BUCKET_ADDRESS)] | None = Field(
+    work_uri: Annotated[str, StringConstraints(max_length=768, pattern=patterns.BUCKET_ADDRESS)] | None = Field(
         None, description="Prefix for shards and checkpoints. Absent: `.finetune/` under the job's output."
     )
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-MAX_DEPTH: Final = 64  # of a whole object in a list; nothing that we read lies deeper
+MAX_DEPTH: Final = 128  # twice what a job may have, so that a cut one is still too deep
 
 _TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 

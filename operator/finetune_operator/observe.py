@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from finetune_api.checks import check_document
-from finetune_api.documents import Document, Mark
+from finetune_api.documents import MAX_DEPTH, Document, Mark
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_api.stage import ProgressReport, StageReport
@@ -26,7 +26,6 @@ from finetune_operator.nesting import depth_of
 Json = Mapping[str, Any]
 
 _PODS: Final = re.compile(r'pods "[^"]*"')  # KubeRay tries with a new name each time
-MAX_DEPTH: Final = 32  # of a spec; half of what is read at all, so that what was cut is noticed
 
 
 @dataclass(frozen=True)
@@ -202,10 +201,8 @@ def read_job(manifest: Json) -> Job:
     """A FinetuneJob; a status that is not ours is read as an empty one."""
     metadata = manifest["metadata"]
     spec, problem = None, ""
-    if depth_of(manifest["spec"]) > MAX_DEPTH:
-        problem = (
-            f"spec.deepspeed.config: values are nested deeper than {MAX_DEPTH} levels; DeepSpeed has no such keys."
-        )
+    if depth_of(manifest["spec"]) >= MAX_DEPTH:
+        problem = f"spec.deepspeed.config: values are nested deeper than {MAX_DEPTH} levels"
     else:
         try:
             spec = FinetuneJobSpec.model_validate(manifest["spec"], by_alias=True, by_name=False)
