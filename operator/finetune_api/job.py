@@ -219,8 +219,6 @@ class Output(Model):
     uri: FolderUri = Field(
         description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path."
     )
-        description="A folder: s3://, gs://, abfs://, file:// or, for `finetune run`, a relative path."
-    )
     merge: bool = Field(True, description="With lora: also write the base model with the adapter merged in.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type on disk; auto: the base model's.")
 
