@@ -152,7 +152,7 @@ def _prepare(draft: Draft, spec: FinetuneJobSpec) -> None:
         draft.condition("Prepared", "False", "Failed")
         draft.note(counted_uid=job.uid)
         fail(draft, 0, classify(evidence))
-    elif any(pod.phase == "Running" for pod in pods):
+    elif any(pod.phase in ("Running", "Succeeded") for pod in pods):  # the Job says a moment later that it is complete
         draft.say("Preparing", "Preparing", "Checks the rows and turns them into token sequences.", running=True)
     else:
         starting(draft, "Preparing", 0, job.created, pods)

@@ -12,6 +12,8 @@ from finetune_operator.actions import Action, Decision, Event
 from finetune_operator.observe import Observed, format_time, parse_time
 from finetune_operator.wording import sentence
 
+# Reasons for not running that are nothing to warn of: an event of its own has told of what is retried.
+_CALM: Final = ("Starting", "Retrying", "Restarting", "Queued", "Suspending", "Suspended")
 TERMINAL: Final = ("Complete", "Failed")
 _COUNTED: Final = ("cost", "goodput", "accounted")
 
@@ -159,10 +161,8 @@ class Draft:
         events = [
             Event("Warning", failure.reason, failure.message) for failure in new.failures if failure not in old.failures
         ]
-        if new.phase != old.phase:
-            events.append(
-                Event("Warning" if new.phase == "Failed" else "Normal", new.phase or "Pending", new.message or "")
-            )
-        elif new.reason != old.reason and new.message:
-            events.append(Event("Normal" if self.holds("Running") else "Warning", new.reason or "", new.message))
+        if new.message and (new.phase, new.reason) != (old.phase, old.reason):
+            calm = self.holds("Running") or self.holds("Complete") or new.reason in _CALM
+            word = new.phase if new.phase != old.phase and (calm or new.phase == "Failed") else new.reason
+            events.append(Event("Normal" if calm else "Warning", word or "Pending", new.message))
         return events

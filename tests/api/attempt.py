@@ -173,12 +173,12 @@ class Attempt:
         return 200, self.job
 
     async def _serve_and_drive(self) -> None:
-        head = self.pod("head")
-        application = web.Application()
-        application.router.add_get("/progress", self._report)
-        self._progress = web.AppRunner(application, access_log=None)
-        await self._progress.setup()
-        await web.TCPSite(self._progress, head.ip, PROGRESS_PORT).start()
+        if not self.script.mute:
+            application = web.Application()
+            application.router.add_get("/progress", self._report)
+            self._progress = web.AppRunner(application, access_log=None)
+            await self._progress.setup()
+            await web.TCPSite(self._progress, self.pod("head").ip, PROGRESS_PORT).start()
         await self._drive()
 
     async def _report(self, _: web.Request) -> web.Response:

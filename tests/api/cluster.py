@@ -53,6 +53,14 @@ CONTROLLERS: Final = (
     "taint-eviction-controller",
     "ttl-after-finished-controller",
 )
+_RECORDED: Final = (
+    ("", ["configmaps"]),
+    ("batch", ["jobs"]),
+    ("networking.k8s.io", ["networkpolicies"]),
+    ("ray.io", ["rayjobs"]),
+)
+# Before a command: it ends with this process, which could be killed and then stop nothing.
+TIED: Final = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
 _START_SECONDS: Final = 120  # on a busy machine; 6 s is usual on two cores
 
 
@@ -186,11 +194,9 @@ class _Programs:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
-        # If this process is killed nobody would stop them.
-        prefix = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         with (self._logs / f"{name}.log").open("wb") as log:
             self._running[name] = subprocess.Popen(
-                [*prefix, *command],
+                [*TIED, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -249,7 +255,9 @@ def _apiserver_flags(c: Cluster, etcd_port: int) -> list[str]:
     with tokens.open("w", newline="") as file:
         csv.writer(file).writerows([c.token(user), user, user, ",".join(groups)] for user, groups in USERS.items())
     tokens.chmod(0o600)
-    rules = {"rules": [{"level": "Metadata"}], "omitStages": ["RequestReceived"]}
+    # What is made, with its content, but for what is secret; of all else who did it and how it ended.
+    made = {"level": "Request", "verbs": ["create"], "resources": [{"group": g, "resources": r} for g, r in _RECORDED]}
+    rules = {"rules": [made, {"level": "Metadata"}], "omitStages": ["RequestReceived"]}
     policy.write_text(json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy"} | rules))
     key = c.ca.with_suffix(".key")  # made beside the certificate at the start, and good for service accounts too
     return [

@@ -85,6 +85,11 @@ class Kubelet:
         )
         asyncio.run_coroutine_threadsafe(_await(fault(attempt)), self._loop).result(30)
 
+    def lost(self, uid: str) -> bool:
+        """Whether this pod's node is lost, so that nobody can say whether the pod still runs."""
+        pod = self._pods.get(uid)
+        return pod is not None and pod.silent
+
     # For pods and attempts, in the kubelet's thread.
 
     def script_of(self, namespace: str, job: str) -> Script:

@@ -6,16 +6,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import urllib3
 
-from tests.api.cluster import Cluster
+from tests.api.cluster import TIED, Cluster
 from tests.api.objects import eventually
 
-QUICK = {"progress-interval": "1s", "progress-timeout": "2s", "request-timeout": "5s"}
+QUICK: Final = {"progress-interval": "1s", "progress-timeout": "2s", "request-timeout": "5s"}
 
 
 class Operator:
@@ -27,7 +28,7 @@ class Operator:
             free.bind(("127.0.0.1", 0))
             self._health = f"127.0.0.1:{free.getsockname()[1]}"
         self._command = [
-            *(sys.executable, "-m", "finetune_api", "operator", f"--kubeconfig={kubeconfig}"),
+            *(*TIED, sys.executable, "-m", "finetune_api", "operator", f"--kubeconfig={kubeconfig}"),
             *(f"--health-bind-address={self._health}", "--metrics-bind-address=127.0.0.1:0", *flags),
         ]
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,23 +92,28 @@ class Operator:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def tracebacks(self) -> list[str]:
-        """Lines of the log with a traceback, or that an error was not foreseen."""
-        return [line for line in self.log_text.splitlines() if "Traceback" in line or '"level": "critical"' in line]
+        """Lines of the log with an error that was not foreseen."""
+        signs = ("Traceback", '"level": "error"', '"level": "critical"')
+        return [line for line in self.log_text.splitlines() if any(sign in line for sign in signs)]
 
 
 @contextmanager
 def operator(
-    cluster: Cluster, folder: Path, *namespaces: str, kubeconfig: Path | None = None, **flags: str
+    cluster: Cluster,
+    folder: Path,
+    *namespaces: str,
+    kubeconfig: Path | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Iterator[Operator]:
     """A running operator for jobs in some namespaces; without any: in all.
 
     Args:
         folder: where its log goes.
         kubeconfig: whose rights it has; the admin's if it is not given.
-        flags: more settings, such as start_deadline="10s"; `leader_elect=""` is --leader-elect.
+        flags: more settings, such as {"start-deadline": "10s"}; {"leader-elect": ""} is --leader-elect.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = QUICK | {key.replace("_", "-"): value for key, value in flags.items()}
+    chosen = {**QUICK, **(flags or {})}
     words = [f"--{key}={value}" if value else f"--{key}" for key, value in chosen.items()]
     if "leader-elect" not in chosen:
         words.append("--no-leader-elect")

@@ -41,6 +41,7 @@ class LivingPod:
     Attributes:
         role: head, worker, or the stage of a pod that runs once.
         attempt: that it belongs to; None for a pod that runs once.
+        silent: its node is lost.
     """
 
     def __init__(self, kubelet: Kubelet, manifest: Json) -> None:
@@ -57,7 +58,7 @@ class LivingPod:
             self.attempt = kubelet.attempt_of(self.namespace, cluster, self.job, number)
             self.attempt.pods[self.name] = self
         self._restarts = 0
-        self._running = False
+        self._running = self.silent = False
         self._ending: asyncio.Task[None] | None = None
         self._life = kubelet.spawn(self._live())
         self.see(manifest)
@@ -65,7 +66,7 @@ class LivingPod:
     def see(self, manifest: Json) -> None:
         """The pod has changed; when it is deleted it is told to end."""
         self._manifest = manifest
-        if "deletionTimestamp" in manifest["metadata"] and self._ending is None:
+        if "deletionTimestamp" in manifest["metadata"] and not self.silent and self._ending is None:
             self._ending = self._kubelet.spawn(self._end())
 
     async def gone(self) -> None:
@@ -105,7 +106,8 @@ class LivingPod:
         await self._remove()
 
     async def loses_node(self) -> None:
-        """Nobody hears from its node any more, nor from what runs there."""
+        """Nobody hears from its node any more: the pod is not seen to end, even if it is deleted."""
+        self.silent = True
         await self._kubelet.set_node(self.node, ready=False)
 
     # Its life.

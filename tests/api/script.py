@@ -69,6 +69,7 @@ class Training:
         fault: what happens when step `fault_at` is done.
         stopping_seconds: that pods take to end when they are told to.
         own_node: its pods share no node with others, so that it can be lost.
+        mute: nobody hears its progress.
         gates_missed: it ends with GateMissed, its weights kept aside.
     """
 
@@ -82,6 +83,7 @@ class Training:
     fault_at: int = 3
     gates_missed: bool = False
     own_node: bool = False
+    mute: bool = False
     hold: Hold | None = None
 
 
