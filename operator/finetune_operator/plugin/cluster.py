@@ -113,7 +113,7 @@ class Cluster:
         """
         wanted: dict[str, object] = {"container": container, "follow": follow, "previous": previous}
         wanted |= {"tailLines": tail, "sinceSeconds": seconds}
-        query = urlencode({key: str(value).lower() for key, value in wanted.items() if value not in (None, False)})
+        query = urlencode({key: str(value).lower() for key, value in wanted.items() if value is not None})
         path = f"/api/v1/namespaces/{quote(self.namespace)}/pods/{quote(pod)}/log?{query}"
         answer = self._send("GET", path, stream=True, read_seconds=None if follow else 60)
         rest = b""
@@ -202,7 +202,7 @@ class Cluster:
     def _names(self, path: str) -> list[tuple[str, str]]:
         """Namespaces and names of the jobs of a list; none when it may not be read."""
         try:
-            items = self._read(path, _NAMES_ONLY)["items"]
+            items = self._read(path, _NAMES_ONLY)["items"] or []
         except ClusterError:
             return []
         return [(item["metadata"]["namespace"], item["metadata"]["name"]) for item in items]
@@ -226,7 +226,8 @@ def connect(kubeconfig: str | None, context: str | None, namespace: str | None) 
             raise FinetuneError(f"there is no cluster to talk to: no file {files}", hint=hint)
         config.load_kube_config(files, context, configuration, persist_config=False)
         return Cluster(configuration, namespace or _namespace_of(files, context))
-    except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
+    except (config.ConfigException, OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        # The library finds out by TypeError or AttributeError that a file is YAML and no kubeconfig.
         hint = "`kubectl config get-contexts` lists what there is"
         raise FinetuneError(f"{files} cannot be used: {error}", hint=hint) from error
 

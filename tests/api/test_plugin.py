@@ -1,0 +1,446 @@
+"""`kubectl finetune`, run by the real kubectl on the real API server, with the statuses that the operator writes.
+
+Logs are asked for through the real subresource; a small server plays the kubelet that has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.api.cluster import Cluster
+from tests.api.logs import LogNode, log_node
+from tests.api.objects import Api, eventually
+from tests.tools.build import build
+from tests.unit import plugin_cases as cases
+from tests.unit.api_cases import JOB
+
+KIND = f"{JOB['apiVersion']}/{JOB['kind']}"
+SECONDS = 60
+NAME = "support-chat"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+MakeJob = Callable[..., dict[str, Any]]
+
+
+def command(kubeconfig: Path, namespace: str, *arguments: str) -> list[str]:
+    """The command line, as a person would type it."""
+    program, *rest = arguments
+    flags = ["--kubeconfig", str(kubeconfig), *(["-n", namespace] if namespace else [])]
+    return [str(build("kubernetes") / "kubectl"), "finetune", program, *flags, *rest]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Where kubectl finds the plugin, and nothing that says which cluster is meant."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KUBE", "FINETUNE"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TZ": "UTC"}
+
+
+@pytest.fixture
+def plugin(api_cluster: Cluster, namespace: str, environment: dict[str, str]) -> Run:
+    """Runs a command of the plugin as the cluster's admin, with no terminal."""
+
+    def run(*arguments: str, user: Path | None = None, where: str = namespace) -> subprocess.CompletedProcess[str]:
+        line = command(user or api_cluster.kubeconfig, where, *arguments)
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=SECONDS, env=environment, stdin=subprocess.DEVNULL
+        )
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def make(api: Api, namespace: str) -> MakeJob:
+    """Makes a job, and writes what the operator would have into its status."""
+
+    def make(name: str = NAME, status: dict[str, Any] | None = None) -> dict[str, Any]:
+        api.create(JOB | {"metadata": {"name": name}}, namespace=namespace)
+        return api.patch(KIND, name, namespace, {"status": status or {}}, status=True)
+
+    return make
+
+
+def test_all_jobs_of_a_namespace_are_a_table(plugin: Run, make: MakeJob, namespace: str) -> None:
+    empty = plugin("status")
+    assert (empty.returncode, empty.stdout) == (0, "")
+    assert empty.stderr == f"No FinetuneJobs found in {namespace} namespace.\n"
+    make("b", cases.queued()["status"])
+    make("a", cases.training()["status"])
+    rows = plugin("status").stdout.splitlines()
+    assert [row.split()[:2] for row in rows] == [["NAME", "PHASE"], ["a", "Training"], ["b", "Queued"]]
+    everywhere = plugin("status", "-A", where="").stdout
+    assert re.search(rf"^{namespace} +a +Training", everywhere, re.MULTILINE)
+    assert plugin("status", "-o", "wide").stdout.splitlines()[0].endswith("MESSAGE")
+    assert [item["metadata"]["name"] for item in json.loads(plugin("status", "-o", "json").stdout)["items"]] == [
+        "a",
+        "b",
+    ]
+
+
+def test_one_job_is_shown_once_where_there_is_no_terminal(plugin: Run, make: MakeJob) -> None:
+    make(status=cases.training()["status"])
+    done = plugin("status", NAME)
+    assert done.returncode == 0
+    for words in ("step 1,200 of 4,000  30 %", "41.20 USD so far", "Preempted", "✓ Prepared"):
+        assert words in done.stdout
+    assert "\x1b" not in done.stdout
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
+    assert yaml.safe_load(plugin("status", NAME, "-o", "yaml").stdout)["status"]["attempt"] == 2
+
+
+def test_waiting_for_a_job_prints_its_changes_and_ends_as_it_does(
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+) -> None:
+    make(status=cases.queued()["status"])
+    line = command(api_cluster.kubeconfig, namespace, "status", NAME, "--watch")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as waiting:
+        assert waiting.stdout
+        assert waiting.stdout.readline() == "Queued (Unschedulable)\n"
+        api.patch(KIND, NAME, namespace, {"status": cases.training()["status"]}, status=True)
+        assert waiting.stdout.readline().startswith("Training  step 1,200/4,000 30 %")
+        api.patch(KIND, NAME, namespace, {"status": cases.complete(missed=True)["status"]}, status=True)
+        assert waiting.stdout.readline().startswith("Failed (GateMissed)")
+        assert waiting.wait(SECONDS) == 8
+
+
+def test_in_a_terminal_the_view_is_live_until_the_job_has_ended(
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+) -> None:
+    make(status=cases.training()["status"])
+    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment) as terminal:
+        eventually(lambda: "30 %" in terminal.text, "the view", SECONDS, lambda: terminal.text)
+        api.patch(KIND, NAME, namespace, {"status": cases.complete()["status"]}, status=True)
+        assert terminal.program.wait(SECONDS) == 0
+    assert "The weights are in s3://models/support-chat" in terminal.text
+
+
+def test_ctrl_c_leaves_the_live_view_without_words(
+    api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+) -> None:
+    make(status=cases.training()["status"])
+    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment) as terminal:
+        eventually(lambda: "30 %" in terminal.text, "the view", SECONDS, lambda: terminal.text)
+        terminal.program.send_signal(signal.SIGINT)
+        assert terminal.program.wait(SECONDS) == 130
+    assert "Traceback" not in terminal.text
+    assert "interrupted" not in terminal.text
+
+
+def test_a_job_that_is_deleted_while_somebody_looks_at_it_ends_the_view(
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+) -> None:
+    make(status=cases.training()["status"])
+    line = command(api_cluster.kubeconfig, namespace, "status", NAME, "-w")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as waiting:
+        assert waiting.stdout
+        waiting.stdout.readline()
+        api.delete(KIND, NAME, namespace)
+        _, said = waiting.communicate(timeout=SECONDS)
+    assert waiting.returncode == 1
+    assert said == f"{NAME} was deleted meanwhile\n"
+
+
+def test_suspend_and_resume_change_the_spec_and_say_what_follows(
+    plugin: Run, api: Api, make: MakeJob, namespace: str
+) -> None:
+    make(status=cases.training()["status"])
+    assert plugin("resume", NAME).stdout == f"{NAME} is not suspended (Training)\n"
+    assert "writes a checkpoint" in plugin("suspend", NAME).stdout
+    assert api.get(KIND, NAME, namespace)["spec"]["suspend"] is True
+    assert plugin("suspend", NAME).stdout == f"{NAME} is suspended already (Training)\n"
+    assert plugin("resume", NAME).stdout == f"{NAME} goes on from step 1,150\n"
+    assert api.get(KIND, NAME, namespace)["spec"]["suspend"] is False
+
+
+def test_an_ended_job_can_be_neither_suspended_nor_resumed(plugin: Run, make: MakeJob) -> None:
+    make(status=cases.complete()["status"])
+    for word in ("suspend", "resume"):
+        done = plugin(word, NAME)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{NAME} has ended (Complete) and stays so\n")
+
+
+def test_cancel_asks_and_says_what_stays(plugin: Run, api: Api, make: MakeJob, namespace: str) -> None:
+    make(status=cases.training()["status"])
+    asked = plugin("cancel", NAME)
+    assert asked.returncode == 2
+    assert "say --yes" in asked.stderr
+    assert api.find(KIND, NAME, namespace)
+    done = plugin("cancel", NAME, "--yes")
+    assert done.returncode == 0
+    assert "kept: checkpoint s3://models/support-chat/.finetune/" in done.stdout
+    assert api.find(KIND, NAME, namespace) is None
+
+
+def test_the_report_has_losses_gates_and_addresses(plugin: Run, make: MakeJob) -> None:
+    make(status=cases.complete()["status"])
+    shown = plugin("report", NAME).stdout
+    for words in ("2.3104 → 1.8271  (-20.9%)", "✓ evalLossRatio 0.7908", "s3://models/support-chat/report.html"):
+        assert words in shown
+    assert json.loads(plugin("report", NAME, "-o", "json").stdout)["result"] == cases.complete()["status"]["result"]
+
+
+def test_there_is_no_report_before_the_end(plugin: Run, make: MakeJob) -> None:
+    make(status=cases.training()["status"])
+    done = plugin("report", NAME)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{NAME} is Training and has no result yet\n  → ")
+
+
+def test_the_plan_is_that_of_prepare(plugin: Run, make: MakeJob) -> None:
+    make("new")
+    assert "new has no plan yet; prepare makes it." in plugin("plan", "new").stderr
+    make(status=cases.training()["status"])
+    assert "131,072,000 an epoch" in plugin("plan", NAME).stdout
+    assert json.loads(plugin("plan", NAME, "-o", "json").stdout) == cases.PLAN
+
+
+def test_a_file_is_not_planned_but_refused(plugin: Run) -> None:
+    done = plugin("plan", "job.yaml")
+    assert done.returncode == 1
+    assert "a file cannot be planned before it is applied" in done.stderr
+
+
+# What goes wrong.
+
+
+def test_a_missing_job_names_those_that_may_be_meant(
+    plugin: Run, make: MakeJob, api_cluster: Cluster, namespace: str
+) -> None:
+    make()
+    done = plugin("status", "suport-chat")
+    assert done.returncode == 1
+    assert done.stderr == f"there is no FinetuneJob suport-chat in namespace {namespace}\n  → did you mean {NAME}?\n"
+    assert f"\n  → there are {NAME}\n" in plugin("report", "x").stderr
+    assert re.search(r"there is one in namespace .+: add -n ", plugin("status", NAME, where="default").stderr)
+
+
+def test_a_missing_right_is_named_with_who_lacks_it(
+    plugin: Run, make: MakeJob, local_cluster: Cluster, namespace: str
+) -> None:
+    make()
+    stranger = local_cluster.user("stranger")
+    done = plugin("status", NAME, user=stranger)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"stranger may not get finetunejobs in namespace {namespace}\n  → ask the cluster's ")
+    assert f"kubectl auth can-i get finetunejobs.finetune.dev -n {namespace}" in done.stderr
+    assert "may not list finetunejobs in all namespaces" in plugin("status", "-A", user=stranger, where="").stderr
+
+
+def test_a_user_who_may_only_read_jobs_is_told_that_pods_are_out_of_reach(
+    plugin: Run, make: MakeJob, api: Api, local_cluster: Cluster, namespace: str
+) -> None:
+    make(status=cases.training()["status"])
+    rules = [{"apiGroups": ["finetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list"]}]
+    group = "rbac.authorization.k8s.io"
+    api.create(
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": {"name": "r"}, "rules": rules}, namespace=namespace
+    )
+    binding = {
+        "apiVersion": f"{group}/v1",
+        "kind": "RoleBinding",
+        "metadata": {"name": "r"},
+        "roleRef": {"apiGroup": group, "kind": "Role", "name": "r"},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": "tenant"}],
+    }
+    api.create(binding, namespace=namespace)
+    tenant = local_cluster.user("tenant")
+    eventually(lambda: plugin("status", NAME, user=tenant).returncode == 0, "the right")
+    assert "did you mean" in plugin("status", "suport-chat", user=tenant).stderr
+    assert f"tenant may not list pods in namespace {namespace}" in plugin("logs", NAME, user=tenant).stderr
+    assert "tenant may not patch finetunejobs" in plugin("suspend", NAME, user=tenant).stderr
+
+
+def test_an_unknown_token_is_a_matter_of_signing_in(plugin: Run, local_cluster: Cluster, tmp_path: Path) -> None:
+    config = yaml.safe_load(local_cluster.kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": "expired"}
+    file = tmp_path / "expired.kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    assert plugin("status", user=file).stderr.startswith("the API server does not accept your sign-in\n")
+
+
+def test_no_cluster_and_no_server_are_told_apart(plugin: Run, api_cluster: Cluster, tmp_path: Path) -> None:
+    missing = plugin("status", user=tmp_path / "none")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith(f"there is no cluster to talk to: no file {tmp_path / 'none'}\n")
+    config = yaml.safe_load(api_cluster.kubeconfig.read_text())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
+    file = tmp_path / "away.kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    away = plugin("status", user=file)
+    assert away.returncode == 1
+    assert away.stderr.startswith("the API server at https://127.0.0.1:1 does not answer: ")
+    assert "refused" in away.stderr
+    wrong = plugin("status", "--context", "nope")
+    assert wrong.returncode == 1
+    assert "nope" in wrong.stderr
+    file.write_text("- not a kubeconfig")
+    assert "cannot be used" in plugin("status", user=file).stderr
+
+
+def test_the_namespace_is_that_of_the_context_when_none_is_named(
+    plugin: Run, make: MakeJob, api_cluster: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    make()
+    config = yaml.safe_load(api_cluster.kubeconfig.read_text())
+    config["contexts"][0]["context"]["namespace"] = namespace
+    file = tmp_path / "mine.kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    assert NAME in plugin("status", user=file, where="").stdout
+
+
+# Logs.
+
+
+@pytest.fixture
+def node(api: Api, local_cluster: Cluster) -> Iterator[LogNode]:
+    with log_node(api, local_cluster) as node:
+        yield node
+
+
+def pod_labels(stage: str, attempt: int | None = None, role: str = "") -> dict[str, str]:
+    found = {"finetune.dev/job": NAME, "finetune.dev/stage": stage}
+    if attempt is not None:
+        found["finetune.dev/attempt"] = str(attempt)
+    return found | ({"ray.io/node-type": role} if role else {})
+
+
+@pytest.fixture
+def pods(node: LogNode, make: MakeJob, namespace: str) -> LogNode:
+    """A job in its second attempt, with the pods of prepare and of that attempt."""
+    make(status=cases.training()["status"])
+    node.pod(namespace, "p", pod_labels("prepare"), "prepare")
+    node.write("p", "32,000 rows")
+    node.end(namespace, "p", "prepare")
+    for name, role in (("worker-b", "worker"), ("worker-a", "worker"), ("zhead", "head")):
+        node.pod(namespace, name, pod_labels("train", 2, role))
+    node.write("zhead", "driver starts", "driver waits")
+    node.write("worker-a", "[rank 0] loads", "[rank 1] loads", "[rank 10] loads")
+    node.write("worker-a", "[rank 1] dies", previous=True)
+    node.write("worker-b", "[rank 2] loads")
+    return node
+
+
+def test_logs_come_in_the_order_of_the_stages_with_the_head_first(plugin: Run, pods: LogNode) -> None:
+    done = plugin("logs", NAME)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "[p] 32,000 rows",
+        "[zhead] driver starts",
+        "[zhead] driver waits",
+        "[worker-a] [rank 0] loads",
+        "[worker-a] [rank 1] loads",
+        "[worker-a] [rank 10] loads",
+        "[worker-b] [rank 2] loads",
+    ]
+    assert done.stderr == "attempt 1 has no pods any more, and so no logs\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (("--stage", "prepare"), ["32,000 rows"]),
+        (("--head", "--tail", "1"), ["driver waits"]),
+        (("--head", "--tail", "1", "--prefix"), ["[zhead] driver waits"]),
+        (("--rank", "1"), ["[worker-a] [rank 1] loads"]),
+        (("--attempt", "2", "--tail", "0"), []),
+    ],
+)
+def test_logs_can_be_narrowed(plugin: Run, pods: LogNode, flags: tuple[str, ...], lines: list[str]) -> None:
+    assert plugin("logs", NAME, *flags).stdout.splitlines() == lines
+
+
+def test_a_rank_that_said_nothing_is_told(plugin: Run, pods: LogNode) -> None:
+    assert "no line of rank 7 in worker-a, worker-b" in plugin("logs", NAME, "--rank", "7").stderr
+
+
+def test_logs_of_an_attempt_that_is_over_give_its_failure_instead(plugin: Run, pods: LogNode) -> None:
+    done = plugin("logs", NAME, "--attempt", "1")
+    assert done.returncode == 1
+    assert f"{NAME} has no pods of attempt 1; logs go with their pods" in done.stderr
+    assert "attempt 1 failed: Preempted: Worker pod" in done.stderr
+    assert f"{NAME} has no attempt 3: its newest is 2" in plugin("logs", NAME, "--attempt", "3").stderr
+
+
+def test_a_pod_that_has_not_started_is_named_with_why(plugin: Run, pods: LogNode, namespace: str) -> None:
+    pods.waits(namespace, "worker-b", "ray-worker", "ImagePullBackOff")
+    done = plugin("logs", NAME)
+    assert "worker-b has not started: ImagePullBackOff\n" in done.stderr
+    assert "driver starts" in done.stdout
+
+
+def test_following_logs_takes_up_later_pods_and_ends_with_the_job(
+    api: Api, local_cluster: Cluster, namespace: str, pods: LogNode, environment: dict[str, str]
+) -> None:
+    line = command(local_cluster.kubeconfig, namespace, "logs", NAME, "-f", "--stage", "train", "--tail", "1")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as following:
+        assert following.stdout
+        first = {following.stdout.readline().strip() for _ in range(3)}
+        assert first == {"[zhead] driver waits", "[worker-a] [rank 10] loads", "[worker-b] [rank 2] loads"}
+        pods.write("worker-b", "[rank 2] step 1")
+        assert following.stdout.readline() == "[worker-b] [rank 2] step 1\n"
+        pods.write("late", "third attempt", "starts")
+        pods.pod(namespace, "late", pod_labels("train", 3, "head"))
+        assert [following.stdout.readline() for _ in range(2)] == ["[late] third attempt\n", "[late] starts\n"]
+        api.patch(KIND, NAME, namespace, {"status": cases.complete()["status"]}, status=True)
+        for name in ("zhead", "worker-a", "worker-b", "late"):
+            pods.end(namespace, name)
+        assert following.wait(SECONDS) == 0
+        assert following.stdout.read() == ""
+
+
+class Terminal:
+    """A program in a terminal of 100 columns; `text` is what it has written so far."""
+
+    def __init__(self, line: list[str], environment: dict[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        self._written = bytearray()
+        self.program = subprocess.Popen(
+            line,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    @property
+    def text(self) -> str:
+        return self._written.decode(errors="replace")
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.program.poll() is None:
+            self.program.kill()
+        self.program.wait()
+        self._reader.join()
+        os.close(self._ours)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                part = os.read(self._ours, 1 << 16)
+            except OSError:  # Linux says so when the last program has left the terminal
+                return
+            if not part:
+                return
+            self._written += part
