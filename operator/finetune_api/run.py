@@ -18,6 +18,11 @@ ERROR_LOG: Final = "error.log"  # tracebacks of an unexpected failure
 RESULT_FILE: Final = "result.json"  # written last
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's folder; names are in the order of steps."""
+    return f"step-{step:08d}"
+
+
 class RunConfig(Model):
     """One run of a job. Stages read it from `<work>/run.json`."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 import yaml
 
 from finetune_trainer.reporter import read_metrics
@@ -157,9 +159,17 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_weights(
     assert project.weights() == undisturbed[0].weights()
 
 
-def test_sigterm_checkpoints_too(project: Project) -> None:
-    process = project.start()
+def test_a_run_serves_its_progress_and_sigterm_checkpoints_too(project: Project) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = project.start("--metrics-port", str(port))
     project.wait_for_step(2, process)
+    progress = urllib3.request("GET", f"http://127.0.0.1:{port}/progress").json()
+    assert progress["state"] == "training"
+    assert progress["step"] >= 1
+    assert progress["totalSteps"] == STEPS
+    assert b"finetune_train_tokens_per_second " in urllib3.request("GET", f"http://127.0.0.1:{port}/metrics").data
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 130, output

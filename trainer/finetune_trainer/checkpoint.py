@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from finetune_api.errors import TrainingError
+from finetune_api.run import checkpoint_name
 from finetune_trainer.distributed import World
 
 MARKER: Final = "complete.json"
@@ -38,10 +39,6 @@ class Checkpoint:
         return sum(file["bytes"] for file in self.files.values())
 
 
-def name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def complete(folder: Path) -> Iterator[Checkpoint]:
     """Checkpoints in `folder` with a marker and every file in its full size, newest first."""
     for marker in sorted(folder.glob(f"step-*/{MARKER}"), reverse=True):
@@ -61,7 +58,7 @@ def save(
     Args:
         trained_only: leave out frozen parameters.
     """
-    target = folder / name(step)
+    target = folder / checkpoint_name(step)
     if world.rank == 0:
         shutil.rmtree(target, ignore_errors=True)  # what a killed run left, or one that was found broken
     world.barrier()

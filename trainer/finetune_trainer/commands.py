@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -13,8 +14,10 @@ import click
 from finetune_api.errors import StorageError
 from finetune_api.result import Result
 from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RESULT_FILE
+from finetune_trainer.endpoints import served
 from finetune_trainer.progress import Display
 from finetune_trainer.reporter import read_metrics
+from finetune_trainer.telemetry import Telemetry
 
 _FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _WORK = click.option(
@@ -33,7 +36,19 @@ _FRESH = click.option("--fresh", is_flag=True, help="Forget what the run folder 
     "--price-per-hour", type=click.FloatRange(min=0), help="What an hour of all workers costs, for the report."
 )
 @click.option("--currency", default="USD", show_default=True, help="Currency of the price.")
-def run(file: Path, work_dir: Path | None, fresh: bool, price_per_hour: float | None, currency: str) -> None:
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Serve /metrics and /progress on 127.0.0.1 at this port while it runs; 0 takes a free one.",
+)
+def run(
+    file: Path,
+    work_dir: Path | None,
+    fresh: bool,
+    price_per_hour: float | None,
+    currency: str,
+    metrics_port: int | None,
+) -> None:
     """Finetune on this machine and show what changed.
 
     FILE holds one FinetuneJob. Its rows are prepared, the model is trained, weights and a report are written. Ctrl-C
@@ -45,9 +60,17 @@ def run(file: Path, work_dir: Path | None, fresh: bool, price_per_hour: float | 
 
     display = Display()
     price = None if price_per_hour is None else Price(per_hour=price_per_hour, currency=currency)
-    with pipeline.open_run(file, work_dir, fresh=fresh) as opened, _stop_on_signals() as stop:
+    with ExitStack() as stack:
+        opened = stack.enter_context(pipeline.open_run(file, work_dir, fresh=fresh))
+        stop = stack.enter_context(_stop_on_signals())
+        telemetry = Telemetry(opened.work, attempt=1, now=time.monotonic())
+        if metrics_port is not None:
+            port = stack.enter_context(served(telemetry, metrics_port))
+            display.console.print(f"metrics: http://127.0.0.1:{port}/metrics", highlight=False)
         manifest = pipeline.prepare_stage(opened, display, stop.is_set)
-        pipeline.train_stage(opened, manifest, display, stop.is_set)
+        pipeline.train_stage(
+            opened, manifest, display, stop.is_set, lambda event: telemetry.event(event, time.monotonic())
+        )
         result = pipeline.finish_stage(opened, price, display, stop.is_set)
     display.console.print(summary(result, Path(opened.work) / "report.html"))
     check_gates(result)

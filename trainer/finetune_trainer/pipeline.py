@@ -78,13 +78,20 @@ def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bo
     return manifest
 
 
-def train_stage(run: RunConfig, manifest: Manifest, display: Display, should_stop: Callable[[], bool]) -> None:
-    """Shards become weights in `<work>/export`."""
+def train_stage(
+    run: RunConfig,
+    manifest: Manifest,
+    display: Display,
+    should_stop: Callable[[], bool],
+    observe: Callable[[Event], None] = lambda event: None,
+) -> None:
+    """Shards become weights in `<work>/export`; `observe` is told every event."""
     status = TrainingStatus()
     with display.stage("train") as stage, MetricsFile(Path(run.work) / METRICS_FILE) as metrics:
 
         def on_event(event: Event) -> None:
             metrics.event(event)
+            observe(event)
             line = status.update(event)
             if event["event"] in ("warning", "retry"):
                 stage.note(line)
