@@ -48,6 +48,16 @@ def parse_duration(text: str) -> int:
     return sum(int(n) * _UNIT_SECONDS[unit] for n, unit in re.findall(r"([0-9]+)([dhms])", text))
 
 
+def format_duration(seconds: float) -> str:
+    """Whole seconds the way `parse_duration` reads them, with at most two units: ``1h30m``, ``45s``, ``2d``."""
+    left, parts = int(seconds), []
+    for unit, size in _UNIT_SECONDS.items():
+        if left >= size and len(parts) < 2:
+            parts.append(f"{left // size}{unit}")
+            left %= size
+    return "".join(parts) or "0s"
+
+
 def _checked_duration(text: str) -> str:
     parse_duration(text)
     return text

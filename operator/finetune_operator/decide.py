@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from finetune_api.base import parse_duration
+from finetune_api.base import format_duration, parse_duration
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.status import Phase, Plan
 from finetune_operator.actions import Action, Decision, Delete, DeleteSelf, MakeAttempt, MakePrepare
@@ -90,7 +90,7 @@ def _over_limit(draft: Draft, spec: FinetuneJobSpec) -> bool:
     if deadline is not None:
         left = started + deadline - draft.now
         if left <= 0:
-            message = f"The job ran for its activeDeadline of {deadline:.0f} s and was stopped. {kept(draft)}".strip()
+            message = f"The job has had its activeDeadline of {format_duration(deadline)}. {kept(draft)}".strip()
             end_failed(draft, Diagnosis("DeadlineExceeded", message))
             return True
         draft.wake(left)

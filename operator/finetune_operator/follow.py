@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from finetune_api.base import format_duration
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.status import Phase
 from finetune_operator.actions import MakeResult
@@ -40,7 +41,7 @@ def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
             draft.set(result=report.result)
         fail(draft, ray_job.attempt, classify(_evidence(draft, spec, ray_job)))
     elif report and report.age > draft.timing.hang:
-        message = f"The trainer has not got on for {report.age:.0f} s; it was at step {report.step}."
+        message = f"The trainer has not got on for {format_duration(report.age)}; it was at step {report.step}."
         fail(draft, ray_job.attempt, Diagnosis("Hang", message))
     elif (ray_job.suspended or ray_job.deployment == "Suspended") and draft.old.phase in ("Training", "Finishing"):
         # Resumed, it would run again under the same number, unfenced.
@@ -73,7 +74,7 @@ def starting(
     if draft.now - since >= draft.timing.start:
         words = block.message if block else "its pods did not get to run."
         reason = stuck_reason(block) if block else "Unknown"
-        message = f"Nothing ran within {draft.timing.start:.0f} s, and its nodes were given back: {words}"
+        message = f"Nothing ran within {format_duration(draft.timing.start)}, and its nodes were given back: {words}"
         fail(draft, attempt, Diagnosis(reason, message))
         return
     draft.wake(since + draft.timing.start - draft.now)

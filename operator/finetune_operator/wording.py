@@ -59,7 +59,7 @@ def sentence(text: str) -> str:
 def capital(text: str) -> str:
     """`text` as the start of a sentence, unless its first word is an address or a name."""
     first, space, rest = text.partition(" ")
-    return first[:1].upper() + first[1:] + space + rest if first.isalpha() else text
+    return first[:1].upper() + first[1:] + space + rest if first.isalpha() and first.islower() else text
 
 
 def place(pod: Pod) -> str:
