@@ -79,18 +79,11 @@ def operator(namespaces: str, operator_namespace: str | None, **values: Any) -> 
     logs.set_up(settings.log_format, settings.log_level)
     from finetune_operator.reconcile import JobReconciler
 
-    try:
-        asyncio.run(serve(settings, JobReconciler))
-    except LeadershipLost as error:
-        _exit_at_once(error)
+    asyncio.run(serve(settings, JobReconciler))
 
 
 async def serve(settings: Settings, reconciler: ReconcilerFactory) -> None:
-    """Runs one replica until SIGTERM or SIGINT.
-
-    Raises:
-        LeadershipLost: another replica may write now; the process must end at once.
-    """
+    """Runs one replica until SIGTERM or SIGINT; ends the process when the Lease is lost."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -99,12 +92,9 @@ async def serve(settings: Settings, reconciler: ReconcilerFactory) -> None:
     _log.info("starting", version=metadata.version("finetune"), namespaces=settings.namespaces or "all")
     async with Client.connect(settings, clock) as client, Client.connect(settings, clock) as lease_client:
         election = Election(lease_client, settings) if settings.leader_elect else None
-        controller = Controller(settings, client, reconciler, election)
+        controller = Controller(settings, client, reconciler, election, on_lost=_exit_at_once)
         lease_client.count = controller.metrics.count_request
-        try:
-            await controller.run(stop)
-        except LeadershipLost as error:
-            _exit_at_once(error)
+        await controller.run(stop)
 
 
 def _exit_at_once(error: LeadershipLost) -> NoReturn:

@@ -24,7 +24,7 @@ from finetune_operator.election import Election, LeadershipLost
 from finetune_operator.health import Sites, checked, page, serve
 from finetune_operator.metrics import CONTENT_TYPE, JobCollector, JobSummary, Metrics, summarize
 from finetune_operator.nesting import prune
-from finetune_operator.queue import KeyedQueue
+from finetune_operator.queue import LAST_DELAY, KeyedQueue
 from finetune_operator.reflector import Reflector
 from finetune_operator.settings import Settings
 from finetune_operator.store import JOB_LABEL, Key, Object, Store, trim_metadata
@@ -36,6 +36,7 @@ WATCH_AGE_LIMIT: Final = 75.0
 # addresses are out of date is helped by one, in the end.
 OUTAGE_LIMIT: Final = 600.0
 STUCK_LIMIT: Final = 120.0
+OUTAGE_DELAY: Final = 8.0  # between two tries while the API server is in trouble, so that its return is soon noticed
 
 _log = structlog.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class Controller:
 
     Args:
         election: None: this is the only replica.
+        on_lost: called as soon as the Lease is lost, before anything is put in order.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Controller:
         client: Client,
         reconciler: ReconcilerFactory,
         election: Election | None = None,
+        on_lost: Callable[[LeadershipLost], None] = lambda lost: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
@@ -95,6 +98,7 @@ class Controller:
         self.queue: KeyedQueue[Key] = KeyedQueue(monotonic)
         self.reflectors = self._reflectors(client)
         self.listening: list[tuple[str, int]] = []
+        self._on_lost = on_lost
         self._monotonic = monotonic
         self._leading = False
         self._moved = monotonic()
@@ -131,6 +135,9 @@ class Controller:
                 await cancel([*self._running])
                 if self.election:
                     await self.election.release()
+            except LeadershipLost as lost:
+                self._on_lost(lost)
+                raise
             finally:
                 await cancel([stopping, leading, *watching, *self._running, *([electing] if electing else [])])
                 await self._reconciler.close()
@@ -216,7 +223,8 @@ class Controller:
                 self._lost.set_exception(error)
         except ApiError as error:
             self.metrics.errors.labels(error.reason or str(error.status)).inc()
-            delay = self.queue.add_limited(key, error.retry_after or 0)
+            longest = OUTAGE_DELAY if error.retryable else LAST_DELAY
+            delay = self.queue.add_limited(key, error.retry_after or 0, longest)
             # A conflict is what a cache that is a moment behind looks like.
             (_log.debug if error.conflict else _log.warning)("again", error=str(error), seconds=round(delay, 1))
         except Exception as error:

@@ -68,11 +68,11 @@ class KeyedQueue(Generic[K]):
         heapq.heappush(self._heap, (when, self._serial, key))
         self._changed.set()
 
-    def add_limited(self, key: K, at_least: float = 0) -> float:
+    def add_limited(self, key: K, at_least: float = 0, at_most: float = LAST_DELAY) -> float:
         """Asks for work on a key that failed, later each time; answers after how many seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        delay = max(at_least, min(LAST_DELAY, FIRST_DELAY * 2.0 ** min(failures, 30)))
+        delay = max(at_least, min(at_most, FIRST_DELAY * 2.0 ** min(failures, 30)))
         delay *= 1 + _JITTER * self._uniform()
         self.add_after(key, delay)
         return delay

@@ -26,7 +26,7 @@ RELIST_AGE: Final = 45.0
 MISSING_RETRY: Final = 15.0
 _QUICK: Final = 2.0
 _FIRST_DELAY: Final = 0.1
-_LAST_DELAY: Final = 10.0
+_LAST_DELAY: Final = 5.0
 _STALE_SECONDS: Final = 60.0  # of lists from the past only, until the past is taken for the present: a restored backup
 
 _log = structlog.get_logger(__name__)

@@ -92,6 +92,7 @@ def test_failures_wait_longer_each_time_until_one_goes_well() -> None:
     assert delays[-1] == LAST_DELAY
     assert q.add_limited("b") == FIRST_DELAY, "keys do not wait for each other"
     assert q.add_limited("b", at_least=7) == 7, "what the server asks for"
+    assert q.add_limited("a", at_most=3) == 3, "while it is the server's fault"
     q.forget("a")
     assert q.add_limited("a") == FIRST_DELAY
 
