@@ -46,6 +46,7 @@ class Memory:
     report: ProgressReport | None = None
     heard: float = 0.0
     asked: float = 0.0
+    ended: bool = False  # whether the live attempt's driver had ended when its head was asked last
     looked: float = 0.0
     head_lost: float | None = None
     troubles: tuple[Block, ...] = ()
@@ -157,7 +158,9 @@ class Observer:
         if memory.report and memory.report.attempt != live.attempt:
             memory.report, memory.heard = None, 0.0
         ended = live.outcome in ("SUCCEEDED", "FAILED", "STOPPED") or live.deployment in ("Complete", "Failed")
-        pause = FINAL_SECONDS if ended else self._interval * 0.9
+        # What was heard just before the end does not say why: it is asked at once.
+        pause = (FINAL_SECONDS if memory.ended else 0.0) if ended else self._interval * 0.9
+        memory.ended = ended
         head = next((pod for pod in heads if pod.ip and pod.phase == "Running"), None)
         if head is None or 0 <= now - memory.asked < pause:
             return

@@ -79,7 +79,7 @@ class Life:
 
     Attributes:
         failures: reasons in status.failures at the end.
-        hasty: it belongs to the operator with short deadlines.
+        hasty: it belongs to the operator with a short deadline for starts.
     """
 
     story: str
@@ -94,8 +94,7 @@ class Life:
 
 def _again(name: str, story: str, reason: str, fault: Fault, **more: Any) -> Life:
     """Fails once in a way that is worth another attempt, which ends well."""
-    hasty = more.pop("hasty", False)
-    return Life(story, name, faulty(fault, **more), "Complete", "Complete", [reason], hasty=hasty)
+    return Life(story, name, faulty(fault, **more), "Complete", "Complete", [reason])
 
 
 def _final(name: str, story: str, reason: str, script: Script, hasty: bool = False, **fields: Any) -> Life:
@@ -128,7 +127,7 @@ LIVES: Final[Sequence[Life]] = (
         hold=Hold("Unschedulable", NO_GPUS, "worker")),)), hasty=True, limits__retries=0),
     _final("numerics", "the loss is not finite", "Numerics",
            faulty(tells("Numerics", "the loss of step 3 is not finite; lower training.learningRate or raise warmup"))),
-    _again("hang", "a rank hangs in a collective that never ends", "Hang", hangs, hasty=True),
+    _again("hang", "a rank hangs in a collective that never ends", "Hang", hangs),
     _again("node", "a worker's node is lost", "Node", node_lost, own_node=True),
     _again("network", "workers lose each other and every pod is well", "Network", tells("Network", LOST_PEER)),
     _again("segfault", "the driver dies without a word", "Unknown", segmentation_fault),

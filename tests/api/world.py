@@ -79,11 +79,15 @@ class World:
         eventually(lambda: not self.holding(job, namespace), f"GPUs of {job} to be free", seconds)
 
     def holding(self, job: str, namespace: str = "") -> list[str]:
-        """Names of RayJobs and pods of the job; a pod that nobody can end, since its node is lost, is left out."""
+        """Names of the job's RayJobs and of pods that have not ended; who knows of those on lost nodes."""
         namespace = namespace or self.namespaces[0]
         labels = {"finetune.dev/job": job, "finetune.dev/stage": "train"}
         pods = self.api.list("v1/Pod", namespace, labels)
-        living = [pod for pod in pods if not self.kubelet.lost(pod["metadata"]["uid"])]
+        living = [
+            pod
+            for pod in pods
+            if pod["status"]["phase"] not in ("Succeeded", "Failed") and not self.kubelet.lost(pod["metadata"]["uid"])
+        ]
         return [each["metadata"]["name"] for each in self.api.list(jobs.RAY_JOB, namespace, labels) + living]
 
 
