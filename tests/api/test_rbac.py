@@ -199,8 +199,7 @@ def test_a_whole_life_uses_every_right_of_the_operator_and_is_refused_none(
                 installed.cluster,
                 tmp_path,
                 kubeconfig=installed.people["operator"],
-                leader_elect="",
-                stop_grace="1s",
+                flags={"leader-elect": "", "stop-grace": "1s"},
             )
         )
         with Api(installed.people["tenant"]) as tenant:
@@ -297,7 +296,7 @@ def test_an_operator_for_one_namespace_needs_rights_on_jobs_there_only(
         stack.callback(_delete, api, _bind(api, "", f"{NAME}-cluster", account))
         name = stack.enter_context(_strict_runtime(api, team))
         kubeconfig = cluster.service_account(NAMESPACE, "narrow")
-        stack.enter_context(operator(cluster, tmp_path, team, kubeconfig=kubeconfig, leader_elect=""))
+        stack.enter_context(operator(cluster, tmp_path, team, kubeconfig=kubeconfig, flags={"leader-elect": ""}))
         api.create(job("narrow", name), namespace=team)
         api.wait_for("batch/v1/Job", "narrow-prepare", team)
         api.wait_for("v1/ConfigMap", "narrow-prepare", team)
