@@ -32,7 +32,7 @@ _HEADER: Final = """\
 """
 
 
-def manifests(image: str = IMAGE) -> list[Manifest]:
+def manifests() -> list[Manifest]:
     """Everything but the resource definitions, in the order in which it is applied."""
     subject = {"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}
     return [
@@ -49,7 +49,7 @@ def manifests(image: str = IMAGE) -> list[Manifest]:
         _role("ClusterRole", "finetune-viewer", rights.VIEWERS, into="view"),
         _role("ClusterRole", "finetune-runtime-reader", rights.RUNTIME_READERS),
         _disruption_budget(),
-        _deployment(image),
+        _deployment(),
     ]
 
 
@@ -107,7 +107,7 @@ def _disruption_budget() -> Manifest:
     }
 
 
-def _deployment(image: str) -> Manifest:
+def _deployment() -> Manifest:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -115,14 +115,14 @@ def _deployment(image: str) -> Manifest:
         "spec": {
             "replicas": REPLICAS,
             "selector": {"matchLabels": dict(_LABELS)},
-            "template": {"metadata": {"labels": dict(_LABELS)}, "spec": _pod(image)},
+            "template": {"metadata": {"labels": dict(_LABELS)}, "spec": _pod()},
         },
     }
 
 
-def _pod(image: str) -> Manifest:
+def _pod() -> Manifest:
     return {
-        "containers": [_container(image)],
+        "containers": [_container()],
         "enableServiceLinks": False,  # a Service's name would become variables that look like settings
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         "serviceAccountName": NAME,
@@ -139,11 +139,11 @@ def _pod(image: str) -> Manifest:
     }
 
 
-def _container(image: str) -> Manifest:
+def _container() -> Manifest:
     ports = {"metrics": Settings.metrics_bind_address, "health": Settings.health_bind_address}
     return {
         "name": "operator",
-        "image": image,
+        "image": IMAGE,
         "command": ["finetune", "operator"],
         "ports": [{"name": name, "containerPort": int(address.rpartition(":")[2])} for name, address in ports.items()],
         "livenessProbe": _probe("/healthz"),
