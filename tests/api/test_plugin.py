@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import yaml
 from tests.api.cluster import Cluster
 from tests.api.logs import LogNode, log_node
 from tests.api.objects import Api, eventually
+from tests.api.terminal import Terminal
 from tests.tools.build import build
 from tests.unit import plugin_cases as cases
 from tests.unit.api_cases import JOB
@@ -401,46 +400,3 @@ def test_following_logs_takes_up_later_pods_and_ends_with_the_job(
             pods.end(namespace, name)
         assert following.wait(SECONDS) == 0
         assert following.stdout.read() == ""
-
-
-class Terminal:
-    """A program in a terminal of 100 columns; `text` is what it has written so far."""
-
-    def __init__(self, line: list[str], environment: dict[str, str]) -> None:
-        self._ours, theirs = pty.openpty()
-        self._written = bytearray()
-        self.program = subprocess.Popen(
-            line,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=environment | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    @property
-    def text(self) -> str:
-        return self._written.decode(errors="replace")
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.program.poll() is None:
-            self.program.kill()
-        self.program.wait()
-        self._reader.join()
-        os.close(self._ours)
-
-    def _read(self) -> None:
-        while True:
-            try:
-                part = os.read(self._ours, 1 << 16)
-            except OSError:  # Linux says so when the last program has left the terminal
-                return
-            if not part:
-                return
-            self._written += part

@@ -90,11 +90,14 @@ class Cluster:
 
     def change_job(self, name: str, change: Json) -> Json:
         """Merge patch."""
-        return self._asked_for(name, "PATCH", change)
+        path = f"{self._job_path(name)}?fieldManager=kubectl-finetune"
+        changed: Json = json.loads(self._send("PATCH", path, body=change, content=_MERGE).data)
+        return changed
 
     def delete_job(self, name: str, uid: str) -> None:
         """Deletes this very job; its children follow."""
-        self._asked_for(name, "DELETE", {"propagationPolicy": "Background", "preconditions": {"uid": uid}})
+        options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        self._send("DELETE", self._job_path(name), body=options)
 
     def pods(self, job: str) -> list[Json]:
         """Pods of all stages of a job."""
@@ -137,12 +140,6 @@ class Cluster:
     def _read(self, path: str, accept: str = _JSON) -> Json:
         found: Json = json.loads(self._send("GET", path, accept=accept).data)
         return found
-
-    def _asked_for(self, name: str, verb: str, body: Json) -> Json:
-        content = _MERGE if verb == "PATCH" else _JSON
-        path = f"{self._job_path(name)}{'?fieldManager=kubectl-finetune' if verb == 'PATCH' else ''}"
-        answer: Json = json.loads(self._send(verb, path, body=body, content=content).data)
-        return answer
 
     def _send(
         self,

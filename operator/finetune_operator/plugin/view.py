@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import starmap
 from typing import Final
 
 from rich.console import Group, RenderableType
@@ -301,7 +300,7 @@ def _conditions(job: Shown, now: float) -> list[Row]:
     conditions = job.status.conditions
     if not conditions:
         return []
-    marks = Text("   ").join(starmap(_mark, ((each, now) for each in conditions)))
+    marks = Text("   ").join(_mark(each, now) for each in conditions)
     rows: list[Row] = [("conditions", marks)]
     for each in conditions:
         holds_up = each.type in ("Valid", "Prepared") and each.status != "True"
