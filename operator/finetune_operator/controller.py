@@ -38,6 +38,8 @@ OUTAGE_LIMIT: Final = 600.0
 STUCK_LIMIT: Final = 120.0
 OUTAGE_DELAY: Final = 8.0  # between two tries while the API server is in trouble, so that its return is soon noticed
 
+CHILDREN: Final = (RAY_JOBS, JOBS, PODS)
+
 _log = structlog.get_logger(__name__)
 
 
@@ -177,7 +179,7 @@ class Controller:
             (FINETUNE_JOBS, stores.jobs, self._enqueue, None),
             (FINETUNE_RUNTIMES, stores.runtimes, self._runtime_changed, None),
         ]
-        for resource, store in ((RAY_JOBS, stores.ray_jobs), (JOBS, stores.kube_jobs), (PODS, stores.pods)):
+        for resource, store in zip(CHILDREN, (stores.ray_jobs, stores.kube_jobs, stores.pods), strict=True):
             wanted.append((resource, store, self._child_changed(store), JOB_LABEL))
         return [
             Reflector(client, resource, store, on_change, label_selector=selector, namespace=namespace)
@@ -191,6 +193,9 @@ class Controller:
             await reflector.synced.wait()
         if self.election:
             await self.election.leading.wait()
+            # A job's status may have come by a watch that works, and its attempt not by one that has died without a
+            # sign: the attempt would be taken for deleted. An old status is harmless, nothing can be written on it.
+            await asyncio.gather(*(each.catch_up() for each in self.reflectors if each.resource in CHILDREN))
         self._leading = True
         self.metrics.leader.set(1)
         for key in self.stores.jobs:

@@ -91,6 +91,18 @@ class Reflector:
             delay = _FIRST_DELAY if self._monotonic() - started > _QUICK else min(_LAST_DELAY, delay * 2)
             await asyncio.sleep(max(wait, delay) * (1 + random.random() / 2))
 
+    async def catch_up(self) -> None:
+        """Lists beside the watch, which may have died without a sign; returns when the store has all there is now."""
+        while True:
+            try:
+                await self._list()
+                return
+            except ApiError as error:
+                wait = self._after(error)
+            if self.missing:
+                return
+            await asyncio.sleep(max(wait, _QUICK))
+
     def _after(self, error: ApiError) -> float:
         """Takes up an error; answers how long to wait at least."""
         if error.gone:

@@ -163,8 +163,7 @@ class Proxy:
         return response
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
-        concerned = self._concerned(request)
-        if concerned and self.faults.expired_watches > 0:
+        if self._concerned(request) and self.faults.expired_watches > 0:
             self.faults.expired_watches -= 1
             return _status(410, "Expired")
         started = time.monotonic()
@@ -178,9 +177,9 @@ class Proxy:
                         piece = await answer.content.readany()
                         if not piece:
                             break
+                concerned, cut = self._concerned(request), self.faults.cut_watches
                 if concerned and self.faults.silent_watches:
                     await self._forever(request)
-                cut = self.faults.cut_watches
                 if self.faults.away or (concerned and cut is not None and time.monotonic() - started > cut):
                     return _hang_up(request)
                 if piece:

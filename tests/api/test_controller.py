@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune_operator.settings import Settings
 from finetune_operator.store import JOB_LABEL, Key
 from tests.api.cluster import Cluster
 from tests.api.objects import Api, eventually
+from tests.api.proxy import Proxy
 from tests.unit.api_cases import JOB, RUNTIME, changed
 
 
@@ -118,6 +119,13 @@ def job(name: str, runtime: str = "h200") -> dict[str, Any]:
     return changed(JOB, {"metadata.name": name, "spec.runtimeRef.name": runtime})
 
 
+def pod_of(name: str) -> dict[str, Any]:
+    """A pod that belongs to a job."""
+    metadata = {"name": f"{name}-pod", "labels": {JOB_LABEL: name}}
+    spec = {"containers": [{"name": "c", "image": "none"}]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
 def test_a_job_its_children_and_its_runtime_wake_it(settings: Settings, namespace: str) -> None:
     async def test() -> None:
         async with running(settings) as replica:
@@ -136,13 +144,7 @@ def test_a_job_its_children_and_its_runtime_wake_it(settings: Settings, namespac
             assert "managedFields" not in found["metadata"]
 
             alone = replica.count(other)
-            pod = {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": "one-pod", "labels": {JOB_LABEL: "one"}},
-                "spec": {"containers": [{"name": "c", "image": "none"}]},
-            }
-            await wakes(client.create(PODS, namespace, pod), key)
+            await wakes(client.create(PODS, namespace, pod_of("one")), key)
             [stored] = replica.recorder.stores.pods.of_job(key)
             assert stored["spec"]["containers"] == [{"name": "c", "resources": {}}]
             await wakes(client.delete(PODS, namespace, "one-pod", grace_seconds=0), key)
@@ -205,6 +207,30 @@ def test_only_the_leader_works_and_the_next_one_looks_at_every_job(settings: Set
                 await until(lambda: second.recorder.seen == [(namespace, "one")])
 
     asyncio.run(test())
+
+
+def test_a_new_leader_knows_what_a_dead_watch_has_kept_from_it(
+    settings: Settings, namespace: str, local_cluster: Cluster, tmp_path: Path
+) -> None:
+    async def test(proxy: Proxy) -> None:
+        kubeconfig = proxy.kubeconfig(tmp_path / "kubeconfig", local_cluster.token("admin"))
+        behind = replace(settings, kubeconfig=str(kubeconfig))
+        async with running(settings, elect=True) as first:
+            await until(lambda: first.controller.election and first.controller.election.leading.is_set())
+            async with running(behind, elect=True) as second:
+                await until(lambda: not second.controller.unready())
+                proxy.faults.only, proxy.faults.silent_watches = "/pods", True
+                await asyncio.sleep(0.5)
+                await first.outside.create(PODS, namespace, pod_of("one"))
+                await first.outside.create(FINETUNE_JOBS, namespace, job("one"))
+                await until(lambda: second.recorder.stores.jobs.get((namespace, "one")))
+                assert not second.recorder.stores.pods.of_job((namespace, "one"))
+                first.stop.set()
+                await until(lambda: second.recorder.seen)
+                assert second.recorder.stores.pods.of_job((namespace, "one"))
+
+    with Proxy(local_cluster.url, local_cluster.ca) as proxy:
+        asyncio.run(test(proxy))
 
 
 def test_a_replica_that_is_told_to_end_finishes_what_it_has_begun(settings: Settings, namespace: str) -> None:
