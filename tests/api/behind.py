@@ -44,11 +44,11 @@ def behind_proxy(cluster: Cluster, folder: Path) -> Iterator[Behind]:
 
 
 def made_by_operators(cluster: Cluster) -> Mapping[str, Sequence[Object]]:
-    """By namespace, all that operators have made, events left out, by the API server's own record."""
+    """By namespace, all that operators have made but events and Leases, by the API server's own record."""
     made: dict[str, list[Object]] = defaultdict(list)
     for event in cluster.audited():
         about, good = event.get("objectRef") or {}, event["responseStatus"]["code"] == 201
-        if good and event["userAgent"] == FIELD_MANAGER and about["resource"] != "events" and "namespace" in about:
+        if good and event["userAgent"] == FIELD_MANAGER and about["resource"] not in ("events", "leases"):
             # A patch that made something has no content here; that it is there at all makes a comparison fail.
             made[about["namespace"]].append(event.get("requestObject") or about)
     return made

@@ -8,23 +8,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from finetune_operator import rights
 from finetune_operator.client import Client, Object
 from finetune_operator.election import Election, LeadershipLost
 from finetune_operator.settings import Settings
+from tests.api import jobs
+from tests.api.behind import made_by_operators
 from tests.api.cluster import Cluster
+from tests.api.kubelet import Kubelet
 from tests.api.objects import Api, eventually
+from tests.api.operator import operator
 from tests.api.proxy import Proxy
+from tests.api.script import Script, Training
 
 LEASE_SECONDS = 3.0
 LEASE = "coordination.k8s.io/v1/Lease"
+RBAC = "rbac.authorization.k8s.io"
 
 
 class Candidate(NamedTuple):
@@ -146,8 +154,9 @@ def replica(kubeconfig: Path, namespace: str, log: Path) -> Iterator[subprocess.
 def test_a_leader_that_was_stopped_past_its_lease_writes_nothing_more(
     local_cluster: Cluster, api: Api, namespace: str, tmp_path: Path
 ) -> None:
-    for verb in ("get", "create", "patch"):
-        allow(api, namespace, verb)
+    verbs, resources = ["get", "create", "patch"], ["configmaps", "leases"]
+    rule = {"apiGroups": ["", "coordination.k8s.io"], "resources": resources, "verbs": verbs}
+    bind(api, "Role", "candidate", [rule], namespace)
     with ExitStack() as stack:
         replicas = {
             user: stack.enter_context(replica(local_cluster.user(user), namespace, tmp_path / f"{user}.log"))
@@ -170,28 +179,90 @@ def test_a_leader_that_was_stopped_past_its_lease_writes_nothing_more(
     assert "the Lease" in (tmp_path / f"{first}.log").read_text()
 
 
-def allow(api: Api, namespace: str, verb: str) -> None:
-    """Lets the operators' group use a verb on what the candidates need."""
-    meta = {"name": f"candidate-{verb}", "namespace": namespace}
-    rule = {"apiGroups": ["", "coordination.k8s.io"], "resources": ["configmaps", "leases"], "verbs": [verb]}
-    api.create({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": meta, "rules": [rule]})
-    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": meta["name"]}
-    group = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "finetune-operators"}
-    binding = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": meta}
-    api.create(binding | {"roleRef": role, "subjects": [group]})
+def test_two_operators_of_which_the_first_is_stopped_past_its_lease_bring_jobs_to_their_end(
+    local_cluster: Cluster, api: Api, namespace: str, tmp_path: Path
+) -> None:
+    """The lease is as long as it is by default; the jobs make the leader write all the time."""
+    names = [f"job-{number}" for number in range(4)]
+    with ExitStack() as stack:
+        stack.enter_context(rights_of_operators(api, namespace))
+        runtime = stack.enter_context(jobs.runtime(api))
+        stack.enter_context(Kubelet(local_cluster, Script(attempts=(Training(steps=150),))))
+        replicas = {}
+        for user in ("operator-0", "operator-1"):
+            started = operator(
+                local_cluster,
+                tmp_path / user,
+                namespace,
+                kubeconfig=local_cluster.user(user),
+                flags={"leader-elect": "", "operator-namespace": namespace},
+            )
+            replicas[user] = stack.enter_context(started)
+        for name in names:
+            api.create(jobs.job(name, runtime), namespace=namespace)
+        for name in names:
+            api.wait_for(jobs.JOB_KIND, name, namespace, partial(is_in, "Training"), 60)
+        first = newest_writer(local_cluster, namespace)
+        second = next(user for user in replicas if user != first)
+        replicas[first].signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        eventually(lambda: newest_writer(local_cluster, namespace) == second, "the other to take over")
+        takeover = time.monotonic() - stopped
+        print(f"takeover after {takeover:.1f} s")
+        assert takeover <= 20
+        replicas[first].signal(signal.SIGCONT)
+        assert eventually(replicas[first].poll, "the one that was stopped to end", 10) == 1
+        for name in names:
+            done = api.wait_for(jobs.JOB_KIND, name, namespace, partial(is_in, "Complete"), 90)
+            assert (done["status"]["attempt"], done["status"].get("failures", [])) == (1, [])
+        assert replicas[second].tracebacks() == []
+        assert [json.loads(line)["event"] for line in replicas[first].tracebacks()] == ["leadership lost"]
+    writers = [event["user"]["username"] for event in writes(local_cluster, namespace)]
+    assert sum(before != after for before, after in pairwise(writers)) == 1, "the first wrote, then the second only"
+    ray_jobs = [made for made in made_by_operators(local_cluster)[namespace] if made["kind"] == "RayJob"]
+    assert sorted(made["metadata"]["name"] for made in ray_jobs) == [f"{name}-a1" for name in names]
+
+
+def is_in(phase: str, job: Object) -> bool:
+    return bool(job.get("status", {}).get("phase") == phase)
+
+
+@contextmanager
+def rights_of_operators(api: Api, namespace: str) -> Iterator[None]:
+    """Gives the operators' group what install.yaml gives the operator, with `namespace` as its own."""
+    role = f"operator-of-{namespace}"
+    everywhere = [right.rule() for right in (*rights.IN_JOB_NAMESPACES, *rights.IN_CLUSTER)]
+    bind(api, "ClusterRole", role, everywhere)
+    bind(api, "Role", role, [right.rule() for right in rights.IN_OWN_NAMESPACE], namespace)
+    try:
+        yield
+    finally:
+        for kind in ("ClusterRoleBinding", "ClusterRole"):
+            api.delete(f"{RBAC}/v1/{kind}", role)
+
+
+def bind(api: Api, kind: str, name: str, rules: Sequence[Object], namespace: str = "") -> None:
+    """Makes a role and gives it to the operators' group."""
+    meta = {"name": name} | ({"namespace": namespace} if namespace else {})
+    api.create({"apiVersion": f"{RBAC}/v1", "kind": kind, "metadata": meta, "rules": rules})
+    group = {"apiGroup": RBAC, "kind": "Group", "name": "finetune-operators"}
+    binding = {"apiVersion": f"{RBAC}/v1", "kind": f"{kind}Binding", "metadata": meta}
+    api.create(binding | {"roleRef": {"apiGroup": RBAC, "kind": kind, "name": name}, "subjects": [group]})
 
 
 def writes(cluster: Cluster, namespace: str) -> list[Object]:
-    """The API server's own record of good writes to ConfigMaps, in the order in which they reached it."""
-    events = []
-    for line in cluster.audit_log.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            event = json.loads(line)
-            about = event.get("objectRef") or {}
-            good = event["verb"] == "patch" and event["responseStatus"]["code"] < 300
-            if good and about.get("namespace") == namespace and about.get("resource") == "configmaps":
-                events.append(event)
-    return sorted(events, key=lambda event: str(event["requestReceivedTimestamp"]))
+    """The API server's own record of the operators' good writes, in the order in which they reached it."""
+    lines = (line for line in cluster.audit_log.read_text().splitlines(keepends=True) if namespace in line)
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    good = [
+        event
+        for event in events
+        if event["user"]["username"] in ("operator-0", "operator-1")
+        and event["verb"] in ("create", "patch", "delete")
+        and event["responseStatus"]["code"] < 300
+        and event["objectRef"].get("namespace") == namespace
+    ]
+    return sorted(good, key=lambda event: str(event["requestReceivedTimestamp"]))
 
 
 def newest_writer(cluster: Cluster, namespace: str) -> str:
