@@ -24,7 +24,7 @@ quickstart: setup ## Set up, then finetune a small real model and report what ch
 
 .PHONY: test
 test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
-	$(BIN)/pytest --durations=15 $(ARGS)
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=15 $(ARGS)
 
 .PHONY: setup
 setup: ## Install the locked environment into .venv (ACCELERATOR=cuda or cpu overrules what is found)
@@ -68,6 +68,10 @@ generate: setup ## Write the files that are made from the models
 .PHONY: bench
 bench: setup ## Measure training on this machine's CPU against TRL
 	$(BIN)/python benchmarks/train_cpu.py
+
+.PHONY: bench-operator
+bench-operator: setup-tests tools ## Measure the operator with 1,000 jobs at once and 10,000 at rest (ARGS=--quick: fewer)
+	$(BIN)/python -m benchmarks.operator_scale $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that these targets made

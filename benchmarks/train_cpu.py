@@ -11,19 +11,17 @@ real tokens, without padding, over the steps after the warm-up; memory is the su
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
+from machine import machine
 from ranks import Usage, run_ranks
 from stdlib_chat import write_rows
 from tiny_llama import save_model
@@ -158,18 +156,6 @@ def table(results: dict[str, list[Measured]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processor, cores, memory and the versions that matter."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "trl"))
-    return f"{os.cpu_count()}-core {cpu}, {memory:.0f} GiB; Python {platform.python_version()}, {packages}"
-
-
 @click.command()
 @click.option("--quick", is_flag=True, help="8 steps, without the padded variant.")
 @click.option("--steps", default=20, show_default=True, help="Optimizer steps of each run.")
@@ -192,7 +178,8 @@ def main(quick: bool, steps: int, rounds: int) -> None:
                 results[name].append(side(inputs, work))
                 shutil.rmtree(work)
                 click.echo(f"{name}: {results[name][-1].tokens_per_second:,.0f} tokens/s", err=True)
-    click.echo(f"{machine()}\n{len(rows):,} rows, {parameters / 1e6:.2f} M parameters, {steps} steps, {RANKS} ranks\n")
+    where = machine("torch", "deepspeed", "transformers", "trl")
+    click.echo(f"{where}\n{len(rows):,} rows, {parameters / 1e6:.2f} M parameters, {steps} steps, {RANKS} ranks\n")
     click.echo(table(results))
 
 
