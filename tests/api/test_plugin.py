@@ -1,76 +1,32 @@
-"""`kubectl finetune`, run by the real kubectl on the real API server, with the statuses that the operator writes.
-
-Logs are asked for through the real subresource; a small server plays the kubelet that has them.
-"""
+"""`kubectl finetune`, run by the real kubectl on the real API server, with the statuses that the operator writes."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.api.cluster import Cluster
-from tests.api.logs import LogNode, log_node
 from tests.api.objects import Api, eventually
+from tests.api.plugin import KIND, NAME, SECONDS, MakeJob, Run, command, environment, make_job, run
 from tests.api.terminal import Terminal
-from tests.tools.build import build
 from tests.unit import plugin_cases as cases
-from tests.unit.api_cases import JOB
-
-KIND = f"{JOB['apiVersion']}/{JOB['kind']}"
-SECONDS = 60
-NAME = "support-chat"
-Run = Callable[..., subprocess.CompletedProcess[str]]
-MakeJob = Callable[..., dict[str, Any]]
-
-
-def command(kubeconfig: Path, namespace: str, *arguments: str) -> list[str]:
-    """The command line, as a person would type it."""
-    program, *rest = arguments
-    flags = ["--kubeconfig", str(kubeconfig), *(["-n", namespace] if namespace else [])]
-    return [str(build("kubernetes") / "kubectl"), "finetune", program, *flags, *rest]
-
-
-@pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """Where kubectl finds the plugin, and nothing that says which cluster is meant."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KUBE", "FINETUNE"))}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TZ": "UTC"}
 
 
 @pytest.fixture
-def plugin(api_cluster: Cluster, namespace: str, environment: dict[str, str]) -> Run:
-    """Runs a command of the plugin as the cluster's admin, with no terminal."""
-
-    def run(*arguments: str, user: Path | None = None, where: str = namespace) -> subprocess.CompletedProcess[str]:
-        line = command(user or api_cluster.kubeconfig, where, *arguments)
-        done = subprocess.run(
-            line, capture_output=True, text=True, timeout=SECONDS, env=environment, stdin=subprocess.DEVNULL
-        )
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
+def plugin(api_cluster: Cluster, namespace: str) -> Run:
+    return partial(run, api_cluster.kubeconfig, namespace)
 
 
 @pytest.fixture
 def make(api: Api, namespace: str) -> MakeJob:
-    """Makes a job, and writes what the operator would have into its status."""
-
-    def make(name: str = NAME, status: dict[str, Any] | None = None) -> dict[str, Any]:
-        api.create(JOB | {"metadata": {"name": name}}, namespace=namespace)
-        return api.patch(KIND, name, namespace, {"status": status or {}}, status=True)
-
-    return make
+    return partial(make_job, api, namespace)
 
 
 def test_all_jobs_of_a_namespace_are_a_table(plugin: Run, make: MakeJob, namespace: str) -> None:
@@ -102,11 +58,11 @@ def test_one_job_is_shown_once_where_there_is_no_terminal(plugin: Run, make: Mak
 
 
 def test_waiting_for_a_job_prints_its_changes_and_ends_as_it_does(
-    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob
 ) -> None:
     make(status=cases.queued()["status"])
     line = command(api_cluster.kubeconfig, namespace, "status", NAME, "--watch")
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as waiting:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment()) as waiting:
         assert waiting.stdout
         assert waiting.stdout.readline() == "Queued (Unschedulable)\n"
         api.patch(KIND, NAME, namespace, {"status": cases.training()["status"]}, status=True)
@@ -117,21 +73,19 @@ def test_waiting_for_a_job_prints_its_changes_and_ends_as_it_does(
 
 
 def test_in_a_terminal_the_view_is_live_until_the_job_has_ended(
-    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob
 ) -> None:
     make(status=cases.training()["status"])
-    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment) as terminal:
+    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment()) as terminal:
         eventually(lambda: "30 %" in terminal.text, "the view", SECONDS, lambda: terminal.text)
         api.patch(KIND, NAME, namespace, {"status": cases.complete()["status"]}, status=True)
         assert terminal.program.wait(SECONDS) == 0
     assert "The weights are in s3://models/support-chat" in terminal.text
 
 
-def test_ctrl_c_leaves_the_live_view_without_words(
-    api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
-) -> None:
+def test_ctrl_c_leaves_the_live_view_without_words(api_cluster: Cluster, namespace: str, make: MakeJob) -> None:
     make(status=cases.training()["status"])
-    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment) as terminal:
+    with Terminal(command(api_cluster.kubeconfig, namespace, "status", NAME), environment()) as terminal:
         eventually(lambda: "30 %" in terminal.text, "the view", SECONDS, lambda: terminal.text)
         terminal.program.send_signal(signal.SIGINT)
         assert terminal.program.wait(SECONDS) == 130
@@ -140,11 +94,13 @@ def test_ctrl_c_leaves_the_live_view_without_words(
 
 
 def test_a_job_that_is_deleted_while_somebody_looks_at_it_ends_the_view(
-    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob, environment: dict[str, str]
+    api: Api, api_cluster: Cluster, namespace: str, make: MakeJob
 ) -> None:
     make(status=cases.training()["status"])
     line = command(api_cluster.kubeconfig, namespace, "status", NAME, "-w")
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as waiting:
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as waiting:
         assert waiting.stdout
         waiting.stdout.readline()
         api.delete(KIND, NAME, namespace)
@@ -300,103 +256,3 @@ def test_the_namespace_is_that_of_the_context_when_none_is_named(
     file = tmp_path / "mine.kubeconfig"
     file.write_text(yaml.safe_dump(config))
     assert NAME in plugin("status", user=file, where="").stdout
-
-
-# Logs.
-
-
-@pytest.fixture
-def node(api: Api, local_cluster: Cluster) -> Iterator[LogNode]:
-    with log_node(api, local_cluster) as node:
-        yield node
-
-
-def pod_labels(stage: str, attempt: int | None = None, role: str = "") -> dict[str, str]:
-    found = {"finetune.dev/job": NAME, "finetune.dev/stage": stage}
-    if attempt is not None:
-        found["finetune.dev/attempt"] = str(attempt)
-    return found | ({"ray.io/node-type": role} if role else {})
-
-
-@pytest.fixture
-def pods(node: LogNode, make: MakeJob, namespace: str) -> LogNode:
-    """A job in its second attempt, with the pods of prepare and of that attempt."""
-    make(status=cases.training()["status"])
-    node.pod(namespace, "p", pod_labels("prepare"), "prepare")
-    node.write("p", "32,000 rows")
-    node.end(namespace, "p", "prepare")
-    for name, role in (("worker-b", "worker"), ("worker-a", "worker"), ("zhead", "head")):
-        node.pod(namespace, name, pod_labels("train", 2, role))
-    node.write("zhead", "driver starts", "driver waits")
-    node.write("worker-a", "[rank 0] loads", "[rank 1] loads", "[rank 10] loads")
-    node.write("worker-a", "[rank 1] dies", previous=True)
-    node.write("worker-b", "[rank 2] loads")
-    return node
-
-
-def test_logs_come_in_the_order_of_the_stages_with_the_head_first(plugin: Run, pods: LogNode) -> None:
-    done = plugin("logs", NAME)
-    assert done.returncode == 0
-    assert done.stdout.splitlines() == [
-        "[p] 32,000 rows",
-        "[zhead] driver starts",
-        "[zhead] driver waits",
-        "[worker-a] [rank 0] loads",
-        "[worker-a] [rank 1] loads",
-        "[worker-a] [rank 10] loads",
-        "[worker-b] [rank 2] loads",
-    ]
-    assert done.stderr == "attempt 1 has no pods any more, and so no logs\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "lines"),
-    [
-        (("--stage", "prepare"), ["32,000 rows"]),
-        (("--head", "--tail", "1"), ["driver waits"]),
-        (("--head", "--tail", "1", "--prefix"), ["[zhead] driver waits"]),
-        (("--rank", "1"), ["[worker-a] [rank 1] loads"]),
-        (("--attempt", "2", "--tail", "0"), []),
-    ],
-)
-def test_logs_can_be_narrowed(plugin: Run, pods: LogNode, flags: tuple[str, ...], lines: list[str]) -> None:
-    assert plugin("logs", NAME, *flags).stdout.splitlines() == lines
-
-
-def test_a_rank_that_said_nothing_is_told(plugin: Run, pods: LogNode) -> None:
-    assert "no line of rank 7 in worker-a, worker-b" in plugin("logs", NAME, "--rank", "7").stderr
-
-
-def test_logs_of_an_attempt_that_is_over_give_its_failure_instead(plugin: Run, pods: LogNode) -> None:
-    done = plugin("logs", NAME, "--attempt", "1")
-    assert done.returncode == 1
-    assert f"{NAME} has no pods of attempt 1; logs go with their pods" in done.stderr
-    assert "attempt 1 failed: Preempted: Worker pod" in done.stderr
-    assert f"{NAME} has no attempt 3: its newest is 2" in plugin("logs", NAME, "--attempt", "3").stderr
-
-
-def test_a_pod_that_has_not_started_is_named_with_why(plugin: Run, pods: LogNode, namespace: str) -> None:
-    pods.waits(namespace, "worker-b", "ray-worker", "ImagePullBackOff")
-    done = plugin("logs", NAME)
-    assert "worker-b has not started: ImagePullBackOff\n" in done.stderr
-    assert "driver starts" in done.stdout
-
-
-def test_following_logs_takes_up_later_pods_and_ends_with_the_job(
-    api: Api, local_cluster: Cluster, namespace: str, pods: LogNode, environment: dict[str, str]
-) -> None:
-    line = command(local_cluster.kubeconfig, namespace, "logs", NAME, "-f", "--stage", "train", "--tail", "1")
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as following:
-        assert following.stdout
-        first = {following.stdout.readline().strip() for _ in range(3)}
-        assert first == {"[zhead] driver waits", "[worker-a] [rank 10] loads", "[worker-b] [rank 2] loads"}
-        pods.write("worker-b", "[rank 2] step 1")
-        assert following.stdout.readline() == "[worker-b] [rank 2] step 1\n"
-        pods.write("late", "third attempt", "starts")
-        pods.pod(namespace, "late", pod_labels("train", 3, "head"))
-        assert [following.stdout.readline() for _ in range(2)] == ["[late] third attempt\n", "[late] starts\n"]
-        api.patch(KIND, NAME, namespace, {"status": cases.complete()["status"]}, status=True)
-        for name in ("zhead", "worker-a", "worker-b", "late"):
-            pods.end(namespace, name)
-        assert following.wait(SECONDS) == 0
-        assert following.stdout.read() == ""

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,11 @@ def test_a_command_line_that_makes_no_sense_ends_with_2_and_a_sentence(
     said = capsys.readouterr().err
     assert said.startswith(f"Usage: {NAME}")
     assert "\nError: " in said
+
+
+def test_flags_may_stand_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--kubeconfig", str(tmp_path / "none"), "status") == 1
+    assert f"no file {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 def test_help_and_refusals_of_the_command_line_load_no_client() -> None:

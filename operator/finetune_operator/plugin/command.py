@@ -25,21 +25,6 @@ _ENDLESS: Final = 100_000  # columns of what is no terminal: nothing is cut or b
 _JOB: Final = click.argument("job", metavar="JOB")
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
-@click.version_option(package_name="finetune", message="kubectl-finetune %(version)s", help="Print the version.")
-@click.pass_context
-def plugin(context: click.Context) -> None:
-    """Show and steer FinetuneJobs: how far they are, what they say, what came out.
-
-    A job is made by `kubectl apply -f job.yaml`; `finetune validate job.yaml` checks the file first, without a cluster.
-
-    Exit codes: 0 done; 2 the command line; 1 the cluster; 130 Ctrl-C. `status --watch` ends as the job did: 0 Complete,
-    3 bad rows, 5 storage, 8 a missed gate, 6 any other failure.
-    """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
 def _where(command: F) -> F:
     """kubectl's own flags for the cluster and the namespace."""
     for option in (
@@ -49,6 +34,22 @@ def _where(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(package_name="finetune", message="kubectl-finetune %(version)s", help="Print the version.")
+@_where
+def plugin(**_: Any) -> None:
+    """Show and steer FinetuneJobs: how far they are, what they say, what came out.
+
+    A job is made by `kubectl apply -f job.yaml`; `finetune validate job.yaml` checks the file first, without a cluster.
+
+    Exit codes: 0 done; 2 the command line; 1 the cluster; 130 Ctrl-C. `status --watch` ends as the job did: 0 Complete,
+    3 bad rows, 5 storage, 8 a missed gate, 6 any other failure.
+    """
+    context = click.get_current_context()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _output(*forms: str, text: str) -> Callable[[F], F]:
@@ -272,7 +273,8 @@ def plan(job: str, output: str | None, **where: Any) -> None:
 def _connect(where: dict[str, Any]) -> Cluster:
     from finetune_operator.plugin.cluster import connect
 
-    return connect(where["kubeconfig"], where["context"], where["namespace"])
+    before = click.get_current_context().find_root().params  # flags may also stand before the command
+    return connect(*(where[key] or before[key] for key in ("kubeconfig", "context", "namespace")))
 
 
 def _read(cluster: Cluster, job: str) -> Shown:
