@@ -32,6 +32,7 @@ from finetune_operator.release import release
 from finetune_operator.runtimes import active_deadline, max_cost
 from finetune_operator.wording import sentence
 
+BLOCKED_SECONDS: Final = 30.0  # until a runtime that refused is asked again: labels of namespaces are not watched
 LEAVING_SECONDS: Final = 45.0  # that a new attempt waits for the pods of the last one to go
 
 
@@ -79,6 +80,7 @@ def _valid(draft: Draft) -> None:
     block = draft.observed.blocked
     if block:
         draft.condition("Valid", "False", block.reason, sentence(block.message))
+        draft.wake(BLOCKED_SECONDS)
     else:
         draft.condition("Valid", "True", "Valid", f"Runs on runtime {draft.status.runtime}.")
 

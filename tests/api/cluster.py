@@ -127,8 +127,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
+def cluster(folder: Path, *, ray: bool = True) -> Iterator[Cluster]:
     """Starts everything with its files in `folder`, which is made; stops it when the block is left.
+
+    Without `ray` there is neither KubeRay nor its resource definitions, until `install_ray_crds`.
 
     Enter it in a thread that outlives the block: Linux ends the programs with the thread that started them.
 
@@ -157,12 +159,15 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         api = stack.enter_context(Api(c.user("admin")))
         programs.wait(lambda: _ready(api), "kube-apiserver")
         # Before kube-controller-manager: its garbage collector looks for new kinds every 30 s only.
-        install_crds(api, [kuberay / f"ray.io_{plural}.yaml" for plural in RAY_PLURALS] + sorted(CRDS.glob("*.yaml")))
+        if ray:
+            install_ray_crds(api)
+        install_crds(api, sorted(CRDS.glob("*.yaml")))
         manager = c.user("system:kube-controller-manager")
         programs.start(
             "kube-controller-manager", [kubernetes / "kube-controller-manager", *_controller_manager_flags(c, manager)]
         )
-        programs.start("kuberay", [kuberay / "ray-operator", *KUBERAY_FLAGS], _kuberay_environment(c))
+        if ray:
+            programs.start("kuberay", [kuberay / "ray-operator", *KUBERAY_FLAGS], _kuberay_environment(c))
         # Its first deed in a namespace: now it reconciles.
         programs.wait(lambda: api.find("v1/ServiceAccount", "default", "default"), "kube-controller-manager")
         yield c
@@ -174,6 +179,12 @@ def existing(kubeconfig: Path, folder: Path) -> Cluster:
         api.get("apiextensions.k8s.io/v1/CustomResourceDefinition", "rayjobs.ray.io")
         install_crds(api, sorted(CRDS.glob("*.yaml")))
         return Cluster(folder, kubeconfig, local=False, url=api.url)
+
+
+def install_ray_crds(api: Api) -> None:
+    """Applies KubeRay's resource definitions."""
+    folder = build("kuberay")
+    install_crds(api, [folder / f"ray.io_{plural}.yaml" for plural in RAY_PLURALS])
 
 
 def install_crds(api: Api, files: Sequence[Path]) -> None:

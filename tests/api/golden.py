@@ -23,7 +23,10 @@ _WORDS: Final = (
     (r"(/[a-z-]+)-[0-9a-f]{8}/", r"\1-UID/"),
     (r"\bstep-\d{8}", "step-N"),
     (r"\bcheckpoint of step \d+", "checkpoint of step N"),
-    (r"\bnot got on for \d+ s", "not got on for N s"),
+    (r"\b\d+( of \d+ pods find)", r"N\1"),
+    (r"( and \d+ more)?( cannot get)", r"\2"),
+    (r"\bthere are: [^.]*\.", "there are: NAMES."),
+    (r"\bnot got on for \d+s", "not got on for Ns"),
     (r"\bhas cost \d+\.\d+", "has cost N"),
 )
 

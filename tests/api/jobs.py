@@ -28,12 +28,12 @@ def job(name: str, runtime: str, **fields: Any) -> Object:
 
 
 @contextmanager
-def runtime(api: Api, **fields: Any) -> Iterator[str]:
-    """A new runtime, whose GPUs cost 3.60 an hour each; its name."""
+def runtime(api: Api, name: str = "", **fields: Any) -> Iterator[str]:
+    """A new runtime, whose GPUs cost 3.60 an hour each; its name, which is made up if none is given."""
     manifest: Object = {
         "apiVersion": API_VERSION,
         "kind": "FinetuneRuntime",
-        "metadata": {"generateName": "test-"},
+        "metadata": {"name": name} if name else {"generateName": "test-"},
         "spec": {
             "images": {"trainer": "registry.example.com/trainer:1"},
             "accelerator": {"pricePerHour": 3.6},
@@ -41,8 +41,8 @@ def runtime(api: Api, **fields: Any) -> Iterator[str]:
         },
     }
     changes = {f"spec.{path.replace('__', '.')}": value for path, value in fields.items()}
-    name: str = api.create(changed(manifest, changes))["metadata"]["name"]
+    made: str = api.create(changed(manifest, changes))["metadata"]["name"]
     try:
-        yield name
+        yield made
     finally:
-        api.delete(RUNTIME_KIND, name)
+        api.delete(RUNTIME_KIND, made)

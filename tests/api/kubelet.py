@@ -219,7 +219,7 @@ class Kubelet:
                 self.spawn(pod.gone())
         elif uid in self._pods:
             self._pods[uid].see(manifest)
-        else:
+        elif not (node := manifest["spec"].get("nodeName")) or node in self.nodes:  # else another one's, who has gone
             self._pods[uid] = LivingPod(self, manifest)
 
     async def _answer_kuberay(self, request: web.BaseRequest) -> web.StreamResponse:

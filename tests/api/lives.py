@@ -101,6 +101,7 @@ def _final(name: str, story: str, reason: str, script: Script, hasty: bool = Fal
     return Life(story, name, script, "Failed", reason, [reason], fields, hasty)
 
 
+_NOTICE: Final = 2.0  # a worker that is taken away drains first
 _ENDLESS = Script(attempts=(Training(steps=ENDLESS),))
 _GATES: Final[Mapping[str, Any]] = {
     "data__evaluationFraction": 0.1,
@@ -108,7 +109,8 @@ _GATES: Final[Mapping[str, Any]] = {
 }
 
 LIVES: Final[Sequence[Life]] = (
-    _again("preempted", "a worker is preempted, and all its driver sees is a lost peer", "Preempted", preempted),
+    _again("preempted", "a worker is preempted, and all its driver sees is a lost peer", "Preempted", preempted,
+           stopping_seconds=_NOTICE),
     _final("gpu-oom", "a rank runs out of GPU memory", "OutOfGpuMemory",
            faulty(tells("OutOfGpuMemory", "the GPU's memory is full in step 3, at 138.9 GiB", rank=1))),
     _final("host-oom", "the kernel kills a worker that uses more memory than it may", "OutOfHostMemory",
@@ -131,14 +133,14 @@ LIVES: Final[Sequence[Life]] = (
     _again("node", "a worker's node is lost", "Node", node_lost, own_node=True),
     _again("network", "workers lose each other and every pod is well", "Network", tells("Network", LOST_PEER)),
     _again("segfault", "the driver dies without a word", "Unknown", segmentation_fault),
-    _final("late", "the job's deadline passes", "DeadlineExceeded", _ENDLESS, limits__activeDeadline="12s"),
-    _final("dear", "the job reaches its cost limit", "CostExceeded", _ENDLESS, limits__maxCost=0.01),
+    _final("late", "the job's deadline passes", "DeadlineExceeded", _ENDLESS, limits__activeDeadline="40s"),
+    _final("dear", "the job reaches its cost limit", "CostExceeded", _ENDLESS, limits__maxCost=0.03),
     _final("gate", "an evaluation gate is missed", "GateMissed",
            Script(attempts=(Training(gates_missed=True),)), **_GATES),
     Life("all goes well", "good", Script(), "Complete", "Complete"),
     _again("headless", "the head's pod is removed", "Unknown", head_vanishes),
     Life("the head does not say what came out, so a Job reads it from storage", "mute",
          Script(attempts=(Training(mute=True),)), "Complete", "Complete"),
-    Life("a preempted job that may not retry", "preempted-only", faulty(preempted), "Complete", "Complete",
-         ["Preempted"], {"limits__retries": 0, "limits__preemptions": 1}),
+    Life("a preempted job that may not retry", "preempted-only", faulty(preempted, stopping_seconds=_NOTICE),
+         "Complete", "Complete", ["Preempted"], {"limits__retries": 0, "limits__preemptions": 1}),
 )  # fmt: skip
