@@ -18,6 +18,7 @@ from finetune_operator.progress import merge
 from finetune_operator.stuck import stuck, stuck_reason
 
 HEAD_LOST_SECONDS: Final = 20.0  # KubeRay's own verdict is better, where it comes
+QUEUED_SECONDS: Final = 20.0  # between two looks at why Kueue lets a job wait
 RESULT_SECONDS: Final = 20.0  # that a living head is asked for its result, before storage is
 SILENT_SECONDS: Final = 60.0  # without an answer of the head, until the status says so
 
@@ -48,6 +49,7 @@ def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
         fail(draft, ray_job.attempt, Diagnosis("Preempted", "Kueue took the job's quota back while it ran."))
     elif ray_job.suspended or ray_job.deployment == "Suspended":
         draft.say("Queued", "Queued", draft.observed.queued or "Kueue lets it wait for quota.")
+        draft.wake(QUEUED_SECONDS)  # Kueue's words are not watched
     elif ray_job.deployment == "Running" and report and report.state != "starting":
         _running(draft, finishing=report.state != "training")
     else:

@@ -48,6 +48,7 @@ class Memory:
     asked: float = 0.0
     ended: bool = False  # whether the live attempt's driver had ended when its head was asked last
     looked: float = 0.0
+    about: str = ""  # UID of what `troubles` and `queued` are about
     head_lost: float | None = None
     troubles: tuple[Block, ...] = ()
     queued: str = ""
@@ -173,17 +174,18 @@ class Observer:
         self, job: Job, live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], memory: Memory, now: float
     ) -> None:
         """Asks the cluster why the current stage does not get on, if it does not."""
-        if 0 <= now - memory.looked < LOOK_SECONDS:
+        queued = live is not None and live.suspended
+        about = live.uid if live and queued else _stuck(live, [each for each in jobs if each.running], pods, now)
+        if about == memory.about and 0 <= now - memory.looked < LOOK_SECONDS:
             return
+        memory.about, memory.looked = about, now
         memory.troubles, memory.queued = (), ""
-        if live and live.suspended:
-            memory.looked = now
+        if live and queued:
             memory.queued = await self._queue_words(job.namespace, live)
-            return
-        about = _stuck(live, [each for each in jobs if each.running], pods, now)
-        if about:
-            memory.looked = now
-            memory.troubles = await self._warnings(job.namespace, about)
+        elif about:
+            placed = any(pod.uid == about and pod.node for pod in pods)
+            troubles = await self._warnings(job.namespace, about)
+            memory.troubles = tuple(each for each in troubles if not placed or each.reason != "FailedScheduling")
 
     async def _warnings(self, namespace: str, about: str) -> tuple[Block, ...]:
         """Warnings about an object, newest first."""
