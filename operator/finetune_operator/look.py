@@ -31,7 +31,10 @@ from finetune_operator.observe import (
 from finetune_operator.runtimes import Choice, choose
 from finetune_operator.store import Key
 
-LOOK_SECONDS: Final = 15.0  # between two questions about why something is stuck
+# Between the first two questions about why something is stuck, and then ever longer: the API server searches all events
+# of the namespace for each answer, and a thousand jobs may wait for their images at the same time.
+LOOK_SECONDS: Final = 15.0
+LOOK_LIMIT: Final = 60.0
 PATIENCE_SECONDS: Final = 3.0  # that a new child may take before anyone asks
 FINAL_SECONDS: Final = 2.0  # between two questions to a head whose driver has ended
 NAMESPACE_SECONDS: Final = 30.0  # that a namespace's labels are believed
@@ -48,6 +51,7 @@ class Memory:
     asked: float = 0.0
     ended: bool = False  # whether the live attempt's driver had ended when its head was asked last
     looked: float = 0.0
+    pause: float = LOOK_SECONDS
     about: str = ""  # UID of what `troubles` and `queued` are about
     head_lost: float | None = None
     troubles: tuple[Block, ...] = ()
@@ -55,6 +59,17 @@ class Memory:
     refused: dict[str, Refused] = field(default_factory=dict)
     attempt: int = 0
     pods: dict[str, Pod] = field(default_factory=dict)
+
+    def is_due(self, about: str, now: float) -> bool:
+        """Whether it is time to ask why the child with this UID does not get on; it then counts as asked."""
+        if about != self.about:
+            self.about, self.pause = about, LOOK_SECONDS
+        elif 0 <= now - self.looked < self.pause:
+            return False
+        else:
+            self.pause = min(self.pause * 2, LOOK_LIMIT)
+        self.looked = now
+        return True
 
 
 class Observer:
@@ -176,9 +191,8 @@ class Observer:
         """Asks the cluster why the current stage does not get on, if it does not."""
         queued = live is not None and live.suspended
         about = live.uid if live and queued else _stuck(live, [each for each in jobs if each.running], pods, now)
-        if about == memory.about and 0 <= now - memory.looked < LOOK_SECONDS:
+        if not memory.is_due(about, now):
             return
-        memory.about, memory.looked = about, now
         memory.troubles, memory.queued = (), ""
         if live and queued:
             memory.queued = await self._queue_words(job.namespace, live)
