@@ -53,8 +53,15 @@ class Operator:
         """
         if (code := self.poll()) is not None:
             raise RuntimeError(f"the operator ended with {code}:\n{self.log_text[-4000:]}")
+        return self._says_ok("readyz")
+
+    def healthy(self) -> bool:
+        """Whether Kubernetes would let it live."""
+        return self._says_ok("healthz")
+
+    def _says_ok(self, page: str) -> bool:
         try:
-            return urllib3.request("GET", f"http://{self._health}/readyz", timeout=2, retries=False).status == 200
+            return urllib3.request("GET", f"http://{self._health}/{page}", timeout=2, retries=False).status == 200
         except urllib3.exceptions.HTTPError:
             return False
 

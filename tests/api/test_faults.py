@@ -63,6 +63,7 @@ class Figures:
     Attributes:
         requests: that the proxy has got, in the whole life.
         recovery: seconds from the fault's end until the statuses said what was so.
+        healthy: the operator at the fault's end: nothing would have started it again.
         statuses: of the jobs, in the end.
         tracebacks: in the operator's log.
         exit_code: the operator's; None: it ran until the end.
@@ -71,6 +72,7 @@ class Figures:
     namespace: str
     requests: int
     recovery: float
+    healthy: bool
     statuses: Mapping[str, Object]
     tracebacks: list[str]
     exit_code: int | None
@@ -95,16 +97,18 @@ class World:
                 self._create(behind, name)
             for name in (*THROUGH, "ends"):
                 _reach(behind, name, "Training")
-            ended = self._break(behind, fault)
+            ended, healthy = self._break(behind, fault)
             since = datetime.now(UTC)
             eventually(lambda: _is_right(behind, since), "the statuses to be right", 90, lambda: _state(behind))
             recovery = time.monotonic() - ended
             statuses = {name: _reach(behind, name, "Complete") for name in JOBS}
             requests = behind.proxy.requests.total()
-            return Figures(behind.namespace, requests, recovery, statuses, behind.op.tracebacks(), behind.op.poll())
+            return Figures(
+                behind.namespace, requests, recovery, healthy, statuses, behind.op.tracebacks(), behind.op.poll()
+            )
 
-    def _break(self, behind: Behind, fault: Fault) -> float:
-        """Lets the fault be for its time, with a new job early in it; answers when it was over."""
+    def _break(self, behind: Behind, fault: Fault) -> tuple[float, bool]:
+        """Lets the fault be for its time, with a new job early in it; answers when it was over, and `healthy`."""
         faults = behind.proxy.faults
         before = dataclasses.replace(faults)
         for name, value in fault.what.items():
@@ -114,12 +118,13 @@ class World:
         if fault.seconds >= 1:
             self._create(behind, "meanwhile")
             time.sleep(began + fault.seconds - time.monotonic())
+        healthy = behind.op.healthy()
         for name in fault.what:
             setattr(faults, name, getattr(before, name))
         ended = time.monotonic()
         if fault.seconds < 1:
             self._create(behind, "meanwhile")
-        return ended
+        return ended, healthy
 
     def _create(self, behind: Behind, name: str) -> None:
         behind.api.create(jobs.job(name, self.runtime), namespace=behind.namespace)
@@ -180,4 +185,4 @@ def test_a_fault_costs_no_job_and_few_requests(
         assert (name, status["attempt"], status.get("failures", [])) == (name, 1, [])
     ray_jobs = [each["metadata"]["name"] for each in made[found.namespace] if each["kind"] == "RayJob"]
     assert sorted(ray_jobs) == sorted(f"{name}-a1" for name in JOBS)
-    assert (found.tracebacks, found.exit_code) == ([], None)
+    assert (found.tracebacks, found.exit_code, found.healthy) == ([], None, True)
