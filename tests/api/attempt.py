@@ -59,6 +59,7 @@ class Attempt:
         self.step = self.work.checkpoint
         self.work.began.append(self.step)
         self._say("RUNNING")
+        await self._wait_for_workers()
         if not await self._pause(script.load_seconds):
             return
         while self.step < script.steps:
@@ -76,6 +77,12 @@ class Attempt:
                 if self._over:
                     return
         await self._finish()
+
+    async def _wait_for_workers(self) -> None:
+        """Ray Train starts when all have joined; KubeRay may call a cluster ready before it has seen them all."""
+        assert self.run is not None, "the kubelet gives a head its configuration before it starts it"
+        while sum(pod.ready for pod in self.pods.values() if pod.role == "worker") < self.run.spec.workers.count:
+            await asyncio.sleep(0.05)
 
     async def _finish(self) -> None:
         self._go("finishing")

@@ -41,6 +41,7 @@ class LivingPod:
     Attributes:
         role: head, worker, or the stage of a pod that runs once.
         attempt: that it belongs to; None for a pod that runs once.
+        ready: its containers run.
         silent: its node is lost.
     """
 
@@ -58,7 +59,7 @@ class LivingPod:
             self.attempt = kubelet.attempt_of(self.namespace, cluster, self.job, number)
             self.attempt.pods[self.name] = self
         self._restarts = 0
-        self._running = self.silent = False
+        self._running = self.ready = self.silent = False
         self._ending: asyncio.Task[None] | None = None
         self._life = kubelet.spawn(self._live())
         self.see(manifest)
@@ -147,6 +148,7 @@ class LivingPod:
             return
         await asyncio.sleep(GETTING_READY)
         await self._report("Running", running, ready=True)
+        self.ready = True
         if self.attempt and self.role == "head":
             self.attempt.head_ready.set()
 
