@@ -36,7 +36,16 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         port = free.getsockname()[1]
     access, secret = "finetune-test", "finetune-test-secret"
     server = subprocess.Popen(
-        [build("versitygw") / "versitygw", "--port", f"127.0.0.1:{port}", "--quiet", "posix", "--sidecar", attributes, root],
+        [
+            build("versitygw") / "versitygw",
+            "--port",
+            f"127.0.0.1:{port}",
+            "--quiet",
+            "posix",
+            "--sidecar",
+            attributes,
+            root,
+        ],
         env={"ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret},
         stdout=subprocess.DEVNULL,
     )
