@@ -62,14 +62,14 @@ def _short(**more: Any) -> Training:
 
 
 GOOD: Final = Story("good", Script(attempts=(_short(),)))
-STORIES: Final = (
-    GOOD,
+STORIES: Final = (  # those that take longest first
     Story("retried", Script(attempts=(_short(fault=tells("Network", LOST_PEER)), _short()))),
     Story(
         "suspended",
         Script(attempts=(_short(fault=hangs), _short())),
         ((_suspends, {"suspend": True}), (_resumes, {"suspend": False})),
     ),
+    GOOD,
 )
 
 
