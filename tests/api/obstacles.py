@@ -180,7 +180,7 @@ OBSTACLES: Final[Sequence[Obstacle]] = (
     Obstacle("a name is taken", "taken", "NameTaken",
              _is_there("v1/ConfigMap", "taken-prepare"), _unmakes("v1/ConfigMap", "taken-prepare")),
     Obstacle("the image does not come for a while", "no-image", "ImagePullBackOff", lambda _: {},
-             script=_held(Hold("ImagePullBackOff", NO_IMAGE, seconds=8))),
+             script=_held(Hold("ImagePullBackOff", NO_IMAGE, "head", seconds=8))),
     Obstacle("GPUs are in use for a while", "no-room", "Unschedulable", lambda _: {},
              script=_held(Hold("Unschedulable", NO_GPUS, "worker", seconds=8))),
 )  # fmt: skip
