@@ -50,7 +50,8 @@ def parse_duration(text: str) -> int:
 
 def format_duration(seconds: float) -> str:
     """Whole seconds the way `parse_duration` reads them, with at most two units: ``1h30m``, ``45s``, ``2d``."""
-    left, parts = int(seconds), []
+    left = int(seconds)
+    parts: list[str] = []
     for unit, size in _UNIT_SECONDS.items():
         if left >= size and len(parts) < 2:
             parts.append(f"{left // size}{unit}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,10 @@ def test_a_living_head_is_asked_before_storage_is() -> None:
 
 
 def test_a_failed_attempt_is_recorded_then_released_then_followed_by_the_next() -> None:
-    lost = {"state": "failed", "failure": {"reason": "Network", "message": "rank 3 lost its peers", "rank": 3}}
+    lost: dict[str, Any] = {
+        "state": "failed",
+        "failure": {"reason": "Network", "message": "rank 3 lost its peers", "rank": 3},
+    }
     failing = training(attempts={1: ray_job(deployment="Failed", outcome="FAILED")}, report=report(**lost))
     first = at(failing)
     assert first.status.attempts is not None
@@ -204,7 +208,7 @@ def test_a_preempted_worker_does_not_use_the_retry_budget() -> None:
 
 
 def test_a_used_up_budget_ends_the_job_and_says_where_the_checkpoint_is() -> None:
-    lost = {"state": "failed", "failure": {"reason": "Network", "message": "rank 3 lost its peers"}}
+    lost: dict[str, Any] = {"state": "failed", "failure": {"reason": "Network", "message": "rank 3 lost its peers"}}
     kept = CheckpointStatus(step=30, uri="s3://work/step-30", time=format_time(NOW - 60))
     failing = training(
         status=prepared(attempts=Attempts(uid="ray-job-1", retries=3), checkpoint=kept),
@@ -218,7 +222,7 @@ def test_a_used_up_budget_ends_the_job_and_says_where_the_checkpoint_is() -> Non
 
 
 def test_a_missed_gate_fails_the_job_and_keeps_its_result() -> None:
-    gate = {
+    gate: dict[str, Any] = {
         "state": "failed",
         "failure": {"reason": "GateMissed", "message": "evalLossRatio is 1.2; at most 0.95"},
         "result": RESULT.model_dump(by_alias=True),

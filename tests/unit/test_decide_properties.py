@@ -24,7 +24,7 @@ class World(RuleBasedStateMachine):
         deadline=st.sampled_from([None, None, "2h"]), cap=st.sampled_from([None, None, 300]), trains=st.booleans()
     )
     def begin(self, deadline: str | None, cap: int | None, trains: bool) -> None:
-        limits = {"retries": RETRIES, "preemptions": PREEMPTIONS}
+        limits: dict[str, object] = {"retries": RETRIES, "preemptions": PREEMPTIONS}
         limits |= ({"activeDeadline": deadline} if deadline else {}) | ({"maxCost": cap} if cap else {})
         self.spec = job_spec(limits=limits)
         self.status = FinetuneJobStatus()

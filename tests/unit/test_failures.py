@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from finetune_api.stage import ProgressReport, StageFailure, StageReport
 from finetune_api.status import Condition, Failure, FailureReason, FinetuneJobStatus, Plan
-from finetune_operator.failures import POLICIES, Evidence, classify, stuck, stuck_reason
+from finetune_operator.failures import POLICIES, Evidence, classify
 from finetune_operator.observe import BatchJob, Block, Pod, RayJob, Stop
+from finetune_operator.stuck import stuck, stuck_reason
 from tests.unit.failure_cases import (
     BATCH_JOB,
     ENDS,
