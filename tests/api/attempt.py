@@ -59,7 +59,9 @@ class Attempt:
         self.step = self.work.checkpoint
         self.work.began.append(self.step)
         self._say("RUNNING")
+        self._go("starting")
         await self._wait_for_workers()
+        self._go("starting")
         if not await self._pause(script.load_seconds):
             return
         while self.step < script.steps:

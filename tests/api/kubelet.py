@@ -83,7 +83,7 @@ class Kubelet:
             ),
             key=lambda each: each.number,
         )
-        asyncio.run_coroutine_threadsafe(_await(fault(attempt)), self._loop).result(30)
+        asyncio.run_coroutine_threadsafe(fault(attempt), self._loop).result(30)
 
     def lost(self, uid: str) -> bool:
         """Whether this pod's node is lost, so that nobody can say whether the pod still runs."""
@@ -239,7 +239,3 @@ class Kubelet:
 def _addresses(second: int) -> Iterator[str]:
     """Loopback addresses; another kubelet on this machine most probably has others."""
     return (f"127.{second}.{third}.{fourth}" for third in range(256) for fourth in range(1, 255))
-
-
-async def _await(fault: Any) -> None:
-    await fault

@@ -134,7 +134,7 @@ class LivingPod:
         await self._mount()
         if hold and hold.reason != "Unschedulable":
             await self._report("Pending", _waits(hold.reason, hold.words), ready=False)
-            await asyncio.sleep(min(hold.seconds, 86_400))
+            await asyncio.sleep(hold.seconds)
         self.ip = self._kubelet.address()
         if self.attempt and self.role == "worker":
             await self._report("Pending", _waits("PodInitializing"), ready=False)
@@ -156,7 +156,7 @@ class LivingPod:
         if hold and hold.reason == "Unschedulable":
             await self._patch({"conditions": [_condition("PodScheduled", False, "Unschedulable", hold.words)]})
             await self._warn("FailedScheduling", hold.words, "default-scheduler")
-            await asyncio.sleep(min(hold.seconds, 86_400))
+            await asyncio.sleep(hold.seconds)
         await asyncio.sleep(PLACING)
         self.node = self._kubelet.nodes[next(_turns) % NODES]
         if self.attempt and self.attempt.script.own_node:

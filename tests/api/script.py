@@ -6,10 +6,10 @@ Seconds are short, so that a whole good life takes a few of them.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.stage import StageFailure, StageReport
 from finetune_api.status import FailureReason, Plan, Result
@@ -17,7 +17,7 @@ from finetune_api.status import FailureReason, Plan, Result
 if TYPE_CHECKING:
     from tests.api.attempt import Attempt
 
-Fault = Callable[["Attempt"], Awaitable[None]]
+Fault = Callable[["Attempt"], Coroutine[Any, Any, None]]
 MANIFEST = "5" * 64
 PREPARED = StageReport(
     plan=Plan(

@@ -16,7 +16,7 @@ from tests.api.objects import Object
 from tests.api.script import Script, Training
 from tests.api.world import World, world
 
-PATIENT: Final = {"progress-deadline": "10s"}
+PATIENT: Final = {"progress-deadline": "20s"}
 HASTY: Final = {"start-deadline": "15s"}
 LONG: Final = Script(attempts=(Training(steps=ENDLESS),))
 
