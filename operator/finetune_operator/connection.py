@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -17,6 +17,8 @@ from kubernetes.aio.client import Configuration
 
 from finetune_api.errors import FinetuneError
 from finetune_operator.settings import Settings
+
+_READ_BUFFER: Final = 1 << 20  # bytes
 
 # The guard of the write that this task is sending.
 _sending: ContextVar[Callable[[], None] | None] = ContextVar("sending", default=None)
@@ -65,8 +67,13 @@ async def configure(settings: Settings) -> tuple[Configuration, Coroutine[Any, A
     host = urlsplit(configuration.host)
     if not configuration.proxy and host.hostname and not urllib.request.proxy_bypass(host.hostname):
         configuration.proxy = urllib.request.getproxies().get(host.scheme)
-    # With trust_env aiohttp would ask a thread for the environment's proxies at every request.
-    configuration.client_session_kwargs = {"trust_env": False, "cookie_jar": aiohttp.DummyCookieJar()}
+    # With trust_env aiohttp would ask a thread for the environment's proxies at every request. The API server cuts a
+    # watch whose reader does not keep up for a moment, which 64 KiB, aiohttp's default, do not bridge: 20 jobs.
+    configuration.client_session_kwargs = {
+        "trust_env": False,
+        "cookie_jar": aiohttp.DummyCookieJar(),
+        "read_bufsize": _READ_BUFFER,
+    }
     configuration.connection_pool_maxsize = 0  # no bound: each watch keeps a connection, the workers bound the rest
     tracing = aiohttp.TraceConfig()
     tracing.on_connection_create_end.append(_ask_guard)
