@@ -90,12 +90,12 @@ def main(quick: bool, at_once: int, at_rest: int, training: int, seconds: float,
         at_once, at_rest, training, seconds = 100, 1000, 20, 30.0
     elif output is None:
         output = HERE / "operator_scale.json"
-    loads = os.getloadavg()
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="operator-scale-") as folder:
         ours, kuberay = burst(Path(folder) / "burst", at_once)
         click.echo(f"started {at_once:,} jobs in {ours.child_seconds} s", err=True)
         still = rest(Path(folder) / "rest", at_rest, training, seconds)
-    where = f"{machine('aiohttp', 'pydantic')}; load before: {loads[0]:.1f}"
+    where = f"{machine('aiohttp', 'pydantic')}; load {before:.1f} before, {os.getloadavg()[0]:.1f} after"
     click.echo(f"{where}\n")
     click.echo(table(ours, kuberay, still))
     if output:
