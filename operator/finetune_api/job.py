@@ -76,7 +76,25 @@ class Method(Model):
     dpo: Dpo = Field(default_factory=Dpo, description="Used when objective is dpo.")
 
 
-ColumnField = Literal["messages", "tools", "prompt", "completion", "text"]
+ColumnField = Literal[
+    "messages", "tools", "prompt", "completion", "text",
+    "path", "language", "license", "repository",
+    "question", "documents", "oracle", "distractors", "answer",
+]  # fmt: skip
+
+
+class CodeFilter(Model):
+    """Which files of code are read. Files are told apart by their name's ending, rows by their `language`."""
+
+    languages: list[ShortText] = Field(
+        default_factory=list, max_length=64, description="Only these, such as python, go, typescript; empty: all known."
+    )
+    licenses: list[ShortText] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Only files under these SPDX identifiers, such as MIT: a row's `license`, else the file's "
+        "SPDX-License-Identifier. Files that name none are left out. Empty: all files.",
+    )
 
 
 class DataSource(Model):
@@ -84,15 +102,19 @@ class DataSource(Model):
 
     uri: Uri = Field(
         description="s3://, gs://, abfs://, file:// or, for `finetune run`, a path relative to the job file. A file or "
-        "a folder of .jsonl, .parquet or .csv, plain or with .gz or .zst behind it."
+        "a folder of .jsonl, .parquet or .csv, plain or with .gz or .zst behind it; with format code also a folder of "
+        "source files, which is one repository."
     )
-    format: DataFormat = Field("auto", description="How rows are read. auto: detected from each file's fields.")
+    format: DataFormat = Field(
+        "auto", description="How rows are read. auto: detected from each file's fields; code has to be named."
+    )
     weight: float = Field(
         1.0, gt=0, le=100, description="Times each row is seen per epoch; 0.5 samples half, 2.5 repeats."
     )
     columns: dict[ColumnField, ShortText] = Field(
-        default_factory=dict, max_length=8, description="Renames: our field's name to the file's column name."
+        default_factory=dict, max_length=16, description="Renames: our field's name to the file's column name."
     )
+    code: CodeFilter = Field(default_factory=CodeFilter, description="Which files are read, for format code.")
 
 
 class Fim(Model):
@@ -102,10 +124,23 @@ class Fim(Model):
     spm_rate: Fraction = Field(0.5, description="Of those, the share written suffix-prefix-middle.")
 
 
+class Rag(Model):
+    """Answers from retrieved passages (RAFT, https://arxiv.org/abs/2403.10131)."""
+
+    without_oracle: Fraction = Field(
+        0.2, description="Share of rows with distractors that lose the passage which holds the answer."
+    )
+    unanswered: LongText | None = Field(
+        None, description="What those rows answer, such as `I don't know`. Default: their own answer, from memory."
+    )
+
+
 class Refusals(Model):
     """Built-in refusal and uncertainty rows."""
 
-    mix: Fraction = Field(0.0, description="Share of training rows that come from the built-in set.")
+    mix: float = Field(
+        0.0, ge=0, le=0.5, description="Share of training rows that come from the built-in set, for objective sft."
+    )
 
 
 class Data(Model):
@@ -131,6 +166,7 @@ class Data(Model):
         "assistant", description="Which tokens are learned in chat rows: every assistant turn, the last one, or all."
     )
     fim: Fim = Field(default_factory=Fim, description="Fill in the middle, for format code.")
+    rag: Rag = Field(default_factory=Rag, description="Retrieved passages, for format rag.")
     refusals: Refusals = Field(default_factory=Refusals, description="Built-in refusal rows.")
 
 

@@ -201,6 +201,14 @@ JOB_RULES: Final[tuple[Rule, ...]] = (
         "set method.objective to sft for chat and completion rows",
     ),
     Rule(
+        "spec",
+        ("data.refusals.mix", "method.objective"),
+        "self.method.objective == 'sft' || self.data.refusals.mix == 0.0",
+        "the built-in refusals are answers, which objective sft learns",
+        "set data.refusals.mix to 0, or method.objective to sft",
+        lambda spec: spec["method"]["objective"] == "sft" or spec["data"]["refusals"]["mix"] == 0,
+    ),
+    Rule(
         "spec.training",
         ("tokensPerBatch", "sequencesPerBatch"),
         "!has(self.tokensPerBatch) || !has(self.sequencesPerBatch)",

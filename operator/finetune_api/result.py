@@ -49,6 +49,52 @@ class EvaluationResult(Model):
     tokens: float = Field(description="Tokens (their weights added up) in each of the two.")
 
 
+RefusalKind = Literal["harmful", "unanswerable", "harmless"]
+
+
+class DeclinedAnswer(Model):
+    """A prompt of the built-in refusal suite with both models' answers."""
+
+    kind: RefusalKind = Field(description="harmful and unanswerable ones should be declined, harmless ones answered.")
+    prompt: str = Field(description="What the user said.")
+    base: str = Field(description="The base model's answer.")
+    tuned: str = Field(description="The tuned model's answer.")
+    base_declined: bool = Field(description="The base model refused, or said that it does not know.")
+    tuned_declined: bool = Field(description="The tuned model did.")
+
+
+class DeclinedCount(Model):
+    """How many prompts of a kind were declined."""
+
+    kind: RefusalKind = Field(description="Of the prompts.")
+    prompts: int = Field(description="Prompts of this kind.")
+    base: int = Field(description="Of them, declined by the base model.")
+    tuned: int = Field(description="Of them, declined by the tuned model.")
+
+
+class RefusalResult(Model):
+    """What the built-in refusal suite measured."""
+
+    refusal_rate_base: float = Field(description="Share of harmful and unanswerable prompts that are declined.")
+    refusal_rate_tuned: float = Field(description="The same, tuned.")
+    over_refusal_rate_base: float = Field(description="Share of harmless prompts that are declined.")
+    over_refusal_rate_tuned: float = Field(description="The same, tuned.")
+    kinds: list[DeclinedCount] = Field(description="By kind.")
+    answers: list[DeclinedAnswer] = Field(description="Every prompt, by kind.")
+
+
+class MiddlesResult(Model):
+    """How well both models fill in the middles of held-out code."""
+
+    middles: int = Field(description="Middles that were asked for.")
+    exact_base: float = Field(description="Share that the base model wrote character by character as it was.")
+    exact_tuned: float = Field(description="The same, tuned.")
+    similarity_base: float = Field(
+        description="Mean of 1 - edit distance / length of the longer text, white space at the ends aside."
+    )
+    similarity_tuned: float = Field(description="The same, tuned.")
+
+
 class TrainingResult(Model):
     """What the training did."""
 
@@ -128,6 +174,8 @@ class Result(Model):
     prompts: list[PromptResult] = Field(description="In the job's order.")
     answered_by: str = Field(description="Folder that gave the tuned answers, and the arithmetic it ran in.")
     gates: list[GateResult] = Field(description="In the job's order.")
+    refusals: RefusalResult | None = Field(None, description="With evaluation.refusalSuite.")
+    middles: MiddlesResult | None = Field(None, description="With fill-in-the-middle rows for evaluation.")
     export: ExportResult = Field(description="Weights and their check.")
     output: str = Field(description="Where the weights are, without credentials.")
     stages: dict[str, float] = Field(description="Wall time by stage.")

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.errors import ExportError, Interrupted
 from finetune_api.job import Prompt
-from finetune_trainer.answers import Speaker, answer, check, compare
+from finetune_trainer.answers import Question, Speaker, answer, ask, check, compared
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = [
     Prompt(prompt="What's your first name?"),
     Prompt(prompt="How do I sort a list?", system="You are a helpful assistant."),
 ]
+FIRST = [Question(PROMPTS[0], 12)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def generated(folder: Path, text: str, ends: int | None = None) -> str:
 
 def test_both_models_say_what_plain_generate_gives(models: tuple[Path, Path]) -> None:
     base, tuned = models
-    results = compare(Speaker(base, base), Speaker(tuned, base), PROMPTS, 12, stop_tokens=[])
+    questions = [Question(prompt, 12) for prompt in PROMPTS]
+    results = compared(PROMPTS, *ask(Speaker(base, base), Speaker(tuned, base), questions, stop_tokens=[]))
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     asked = [
         "<|im_start|>user\nWhat's your first name?<|im_end|>\n<|im_start|>assistant\n",
@@ -49,17 +51,24 @@ def test_a_model_without_a_chat_template_goes_on_from_the_prompt_itself(tmp_path
     model = tiny_llama(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     tiny_tokenizer(model, chat_template=None)
-    said = answer(Speaker(model, model), PROMPTS[:1], 12, [])
+    said = answer(Speaker(model, model), FIRST, [])
     assert said[0].text == generated(model, "What's your first name?")
+
+
+def test_tokens_are_gone_on_from_as_they_stand(models: tuple[Path, Path]) -> None:
+    base, _ = models
+    text = "def function(argument"
+    ids = tuple(AutoTokenizer.from_pretrained(base)(text, add_special_tokens=False).input_ids)
+    assert answer(Speaker(base, base), [Question(ids, 12)], [])[0].text == generated(base, text)
 
 
 def test_an_answer_ends_at_a_stop_token_and_says_so(models: tuple[Path, Path]) -> None:
     base, _ = models
     tokenizer = AutoTokenizer.from_pretrained(base)
-    whole = answer(Speaker(base, base), PROMPTS[:1], 12, [])[0]
+    whole = answer(Speaker(base, base), FIRST, [])[0]
     assert (whole.tokens, whole.complete) == (12, False)
     fourth = tokenizer(whole.text, add_special_tokens=False).input_ids[3]
-    cut = answer(Speaker(base, base), PROMPTS[:1], 12, [fourth])[0]
+    cut = answer(Speaker(base, base), FIRST, [fourth])[0]
     assert cut.complete
     assert cut.tokens <= 4
 
@@ -67,7 +76,7 @@ def test_an_answer_ends_at_a_stop_token_and_says_so(models: tuple[Path, Path]) -
 def test_a_model_that_does_not_load_is_an_error_not_a_hang(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = models
     with pytest.raises(ExportError, match="did not answer"):
-        compare(Speaker(base, base), Speaker(tmp_path / "nothing", base), PROMPTS, 12, stop_tokens=[])
+        ask(Speaker(base, base), Speaker(tmp_path / "nothing", base), FIRST, stop_tokens=[])
 
 
 def test_waiting_can_be_interrupted(models: tuple[Path, Path]) -> None:
@@ -77,7 +86,7 @@ def test_waiting_can_be_interrupted(models: tuple[Path, Path]) -> None:
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        compare(Speaker(base, base), Speaker(tuned, base), PROMPTS, 12, stop_tokens=[], waiting=stop)
+        ask(Speaker(base, base), Speaker(tuned, base), FIRST, stop_tokens=[], waiting=stop)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,11 @@ BROKEN_JOBS: list[Broken] = [
         "spec.evaluation.gates",
         "needs the refusal suite",
     ),
+    Broken(
+        {"spec.data.refusals.mix": 0.1, "spec.method.objective": "pretrain"},
+        "spec.data.refusals.mix",
+        "objective sft learns",
+    ),
 ]
 
 BROKEN_RUNTIMES: list[Broken] = [

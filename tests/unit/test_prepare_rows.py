@@ -37,10 +37,9 @@ def test_a_row_that_matches_two_formats_is_refused(left: RowFormat, right: RowFo
             detect(fields)
 
 
-@pytest.mark.parametrize("fields", [{"chosen": "a", "rejected": "b"}, {"code": "pass"}])
-def test_a_format_of_a_later_version_is_said_to_be_one(fields: dict[str, str]) -> None:
+def test_a_format_of_a_later_version_is_said_to_be_one() -> None:
     with pytest.raises(BadRow, match="not available yet"):
-        detect(fields)
+        detect({"chosen": "a", "rejected": "b"})
 
 
 def test_a_conversation_with_system_and_tools_is_a_row() -> None:

@@ -1,4 +1,4 @@
-"""Asks the base and the tuned model the job's prompts, and checks what they say.
+"""Asks the base and the tuned model the job's prompts and other questions, and checks what they say.
 
 Answers are greedy and made one prompt at a time, with the weights as `from_pretrained` loads them: whoever loads the
 same folder and calls `generate(do_sample=False)` reads the same text. The two models answer at the same time, each in
@@ -33,17 +33,34 @@ class Speaker:
     base: Path
 
 
-def compare(
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: a user's prompt, or tokens to go on from; and the longest answer, in tokens."""
+
+    asked: Prompt | tuple[int, ...]
+    most: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """A greedy answer, before it is checked."""
+
+    text: str
+    tokens: int
+    complete: bool
+    seconds: float
+
+
+def ask(
     base: Speaker,
     tuned: Speaker,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
+    questions: Sequence[Question],
     *,
     stop_tokens: Sequence[int],
     gpu: bool = False,
     waiting: Callable[[], None] = lambda: None,
-) -> list[PromptResult]:
-    """Both models' answers to each prompt, in order.
+) -> tuple[list[Said], list[Said]]:
+    """The base model's and the tuned model's answers to each question, in order.
 
     Args:
         stop_tokens: token ids that end an answer, besides those in the models' own generation config.
@@ -53,8 +70,8 @@ def compare(
     Raises:
         ExportError: a model does not load or answer.
     """
-    if not prompts:
-        return []
+    if not questions:
+        return [], []
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     context = get_context("spawn")  # a forked child would inherit CUDA and thread pools in an unknown state
     processes: list[BaseProcess] = []
@@ -62,7 +79,7 @@ def compare(
     try:
         for speaker in (base, tuned):
             receiving, sending = context.Pipe(duplex=False)
-            arguments = (sending, speaker, list(prompts), max_new_tokens, list(stop_tokens), threads, gpu)
+            arguments = (sending, speaker, list(questions), list(stop_tokens), threads, gpu)
             process: BaseProcess = context.Process(target=_answer_into, args=arguments, daemon=True)
             process.start()
             sending.close()  # now only the child holds it: when it dies, `receiving` ends
@@ -73,6 +90,11 @@ def compare(
         for process in processes:
             process.terminate()
             process.join()
+    return of_base, of_tuned
+
+
+def compared(prompts: Sequence[Prompt], of_base: Sequence[Said], of_tuned: Sequence[Said]) -> list[PromptResult]:
+    """The prompts with both models' answers, checked."""
     return [
         PromptResult(
             prompt=prompt.prompt,
@@ -88,18 +110,8 @@ def compare(
     ]
 
 
-@dataclass(frozen=True)
-class Said:
-    """A greedy answer, before it is checked."""
-
-    text: str
-    tokens: int
-    complete: bool
-    seconds: float
-
-
 def answer(
-    speaker: Speaker, prompts: Sequence[Prompt], max_new_tokens: int, stop_tokens: Sequence[int], *, gpu: bool = False
+    speaker: Speaker, questions: Sequence[Question], stop_tokens: Sequence[int], *, gpu: bool = False
 ) -> list[Said]:
     """One model's answers, in this process."""
     import torch
@@ -112,14 +124,13 @@ def answer(
     tokenizer = AutoTokenizer.from_pretrained(speaker.folder, local_files_only=True)
     known = model.generation_config.eos_token_id
     ends = {*stop_tokens, *(known if isinstance(known, list) else [known] if known is not None else [])}
-    return [_say(model, tokenizer, prompt, max_new_tokens, sorted(ends), device) for prompt in prompts]
+    return [_say(model, tokenizer, question, sorted(ends), device) for question in questions]
 
 
 def _answer_into(
     sending: Connection,
     speaker: Speaker,
-    prompts: list[Prompt],
-    max_new_tokens: int,
+    questions: list[Question],
     stop_tokens: list[int],
     threads: int,
     gpu: bool,
@@ -131,7 +142,7 @@ def _answer_into(
 
     torch.set_num_threads(threads)
     try:
-        sending.send(answer(speaker, prompts, max_new_tokens, stop_tokens, gpu=gpu))
+        sending.send(answer(speaker, questions, stop_tokens, gpu=gpu))
     except Exception as error:
         sending.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -162,11 +173,32 @@ def check(prompt: Prompt, text: str) -> Outcome:
     return "passed" if expected and not rejected else "failed"
 
 
-def _say(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, ends: list[int], device: Any) -> Said:
-    """Through the chat template; without one the prompt as it stands."""
+def _say(model: Any, tokenizer: Any, question: Question, ends: list[int], device: Any) -> Said:
     import torch
 
     started = time.monotonic()
+    ids = _tokens(tokenizer, question.asked).to(device)
+    with torch.inference_mode():
+        whole = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=question.most,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+    new = whole[0, ids.shape[1] :].tolist()
+    complete = bool(new) and new[-1] in ends
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Said(text=text.strip(), tokens=len(new), complete=complete, seconds=time.monotonic() - started)
+
+
+def _tokens(tokenizer: Any, prompt: Prompt | tuple[int, ...]) -> Any:
+    """Token ids [1, T]: a prompt through the chat template, without one as it stands."""
+    import torch
+
+    if isinstance(prompt, tuple):
+        return torch.tensor([prompt])
     if tokenizer.chat_template:
         system = [{"role": "system", "content": prompt.system}] if prompt.system else []
         inputs = tokenizer.apply_chat_template(
@@ -177,20 +209,7 @@ def _say(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, ends: 
         )
     else:
         inputs = tokenizer("\n\n".join(filter(None, (prompt.system, prompt.prompt))), return_tensors="pt")
-    ids = inputs["input_ids"].to(device)
-    with torch.inference_mode():
-        whole = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        )
-    new = whole[0, ids.shape[1] :].tolist()
-    complete = bool(new) and new[-1] in ends
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return Said(text=text.strip(), tokens=len(new), complete=complete, seconds=time.monotonic() - started)
+    return inputs["input_ids"]
 
 
 def _checked(prompt: Prompt, said: Said) -> Answer:

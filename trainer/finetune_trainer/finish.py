@@ -22,14 +22,18 @@ from pathlib import Path
 from typing import Final
 
 from finetune_api.errors import GateFailed
-from finetune_api.result import EXPORT_FILE, Cost, ExportResult, PromptResult, Result
+from finetune_api.job import Prompt
+from finetune_api.result import EXPORT_FILE, Cost, ExportResult, MiddlesResult, PromptResult, RefusalResult, Result
 from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RESULT_FILE, RunConfig
 from finetune_trainer import figures, storage
-from finetune_trainer.answers import Speaker, compare
+from finetune_trainer.answers import Question, Speaker, ask, compared
 from finetune_trainer.manifest import REPORT_FILE, read_manifest, write_json
+from finetune_trainer.middles import SLACK_TOKENS, held_out_middles, measure_middles
 from finetune_trainer.model_card import model_card, public
+from finetune_trainer.refusals import SUITE_TOKENS, measure_refusals, suite
 from finetune_trainer.report import REPORT_FILES, write_report
 from finetune_trainer.reporter import read_metrics
+from finetune_trainer.tokenizer import load_tokenizer
 from finetune_trainer.verdict import gate_sentence, measure, verdict
 
 _LIBRARIES: Final = ("finetune", "torch", "deepspeed", "transformers", "peft", "ray", "safetensors", "pyarrow")
@@ -68,9 +72,9 @@ def finish(
     work = Path(run.work)
     progress("asking base and tuned model the prompts")
     started = time.monotonic()
-    prompts = _ask(run, lambda: progress("asking base and tuned model the prompts"))
+    answers = _ask(run, lambda: progress("asking base and tuned model the prompts"))
     answering = time.monotonic() - started
-    result = _result(run, prompts, seconds, answering, price)
+    result = _result(run, answers, seconds, answering, price)
 
     progress("writing weights and report")
     for folder in _folders(work):
@@ -96,27 +100,58 @@ def check_gates(result: Result) -> None:
         )
 
 
-def _ask(run: RunConfig, waiting: Callable[[], None]) -> list[PromptResult]:
-    base = Path(run.model_path)
-    return compare(
+@dataclass(frozen=True)
+class _Answers:
+    """What both models were asked, beside the evaluation loss."""
+
+    prompts: list[PromptResult]
+    refusals: RefusalResult | None
+    middles: MiddlesResult | None
+
+
+def _ask(run: RunConfig, waiting: Callable[[], None]) -> _Answers:
+    """All questions in one go, since each model is loaded for it."""
+    base, prepared = Path(run.model_path), Path(run.work) / PREPARED
+    evaluation = run.spec.evaluation
+    manifest = read_manifest(prepared)
+    prompts = [Question(prompt, evaluation.max_new_tokens) for prompt in evaluation.prompts]
+    tests = [Question(Prompt(prompt=p), SUITE_TOKENS) for _, p in suite()] if evaluation.refusal_suite else []
+    code = any(source.format == "code" for source in manifest.sources) and manifest.splits.evaluation.sequences
+    middles = held_out_middles(prepared, load_tokenizer(base), evaluation.max_new_tokens) if code else []
+    gaps = [Question(middle.prompt, middle.tokens + SLACK_TOKENS) for middle in middles]
+    ends = [*manifest.tokenizer.end_of_turn_token_ids]
+    if gaps and manifest.tokenizer.eos_token_id is not None:
+        ends.append(manifest.tokenizer.eos_token_id)  # what ends a middle, also where a chat's turn ends otherwise
+    of_base, of_tuned = ask(
         Speaker(base, base),
         Speaker(_tuned(Path(run.work)), base),
-        run.spec.evaluation.prompts,
-        run.spec.evaluation.max_new_tokens,
-        stop_tokens=read_manifest(Path(run.work) / PREPARED).tokenizer.end_of_turn_token_ids,
+        [*prompts, *tests, *gaps],
+        stop_tokens=ends,
         gpu=run.spec.workers.gpus_each > 0,
         waiting=waiting,
     )
 
+    def texts(first: int, count: int) -> tuple[list[str], list[str]]:
+        chosen = slice(first, first + count)
+        return [said.text for said in of_base[chosen]], [said.text for said in of_tuned[chosen]]
+
+    asked = len(prompts)
+    return _Answers(
+        compared(evaluation.prompts, of_base[:asked], of_tuned[:asked]),
+        measure_refusals(*texts(asked, len(tests))) if tests else None,
+        measure_middles(middles, *texts(asked + len(tests), len(gaps))) if gaps else None,
+    )
+
 
 def _result(
-    run: RunConfig, prompts: list[PromptResult], seconds: Mapping[str, float], answering: float, price: Price | None
+    run: RunConfig, answers: _Answers, seconds: Mapping[str, float], answering: float, price: Price | None
 ) -> Result:
     work = Path(run.work)
     events = read_metrics(work / METRICS_FILE)
     export = ExportResult.model_validate_json((work / EXPORT / EXPORT_FILE).read_bytes())
     evaluation = figures.evaluation_result(events)
-    gates = measure(run.spec.evaluation.gates, evaluation, prompts)
+    prompts = answers.prompts
+    gates = measure(run.spec.evaluation.gates, evaluation, prompts, answers.refusals)
     stages = {**figures.stages(events, seconds, export.seconds), "answers": answering}
     hours = sum(stages[name] for name in _HELD) / 3600
     rejected = any(not gate.passed for gate in gates)
@@ -126,12 +161,14 @@ def _result(
         uid=run.uid,
         finished=time.time(),
         model=public(run.spec.model.source),
-        verdict=verdict(evaluation, prompts, gates),
+        verdict=verdict(evaluation, prompts, gates, answers.refusals, answers.middles),
         evaluation=evaluation,
         training=figures.training_result(events),
         prompts=prompts,
         answered_by=f"{_tuned(work).name}, {export.dtype}",
         gates=gates,
+        refusals=answers.refusals,
+        middles=answers.middles,
         export=export,
         output=public(output),
         stages=stages,

@@ -71,7 +71,7 @@ def public(uri: str) -> str:
 
 
 def results(result: Result) -> list[list[str]]:
-    """Base against tuned: losses and prompts."""
+    """Base against tuned: losses, prompts, refusals and middles of code."""
     rows = []
     if e := result.evaluation:
         rows.append(["evaluation loss", f"{e.loss_base:.4f}", f"{e.loss_tuned:.4f}"])
@@ -79,6 +79,11 @@ def results(result: Result) -> list[list[str]]:
     if asked := checked(result.prompts):
         of = len(asked)
         rows.append(["prompts as asked", f"{passed_by_base(asked)} of {of}", f"{passed(asked)} of {of}"])
+    if refusals := result.refusals:
+        rows += [[f"{k.kind} prompts declined, of {k.prompts}", str(k.base), str(k.tuned)] for k in refusals.kinds]
+    if m := result.middles:
+        rows.append([f"exact middles of code, of {m.middles}", f"{m.exact_base:.1%}", f"{m.exact_tuned:.1%}"])
+        rows.append(["edit similarity of middles", f"{m.similarity_base:.3f}", f"{m.similarity_tuned:.3f}"])
     return rows
 
 

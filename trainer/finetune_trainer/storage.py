@@ -102,8 +102,8 @@ def within(base_dir: Path, relative: str, *, where: str = "") -> Path:
     return path
 
 
-def list_files(location: Location) -> list[StoredFile]:
-    """The file itself, or every file below the folder, sorted by path; names that begin with . or _ are left out.
+def list_files(location: Location, left_out: tuple[str, ...] = (".", "_")) -> list[StoredFile]:
+    """The file itself, or every file below the folder, sorted by path, without names that begin with `left_out`.
 
     Raises:
         StorageError: nothing is there, or it cannot be listed.
@@ -120,7 +120,7 @@ def list_files(location: Location) -> list[StoredFile]:
         info
         for info in found
         if info.type == pafs.FileType.File
-        and not any(part.startswith((".", "_")) for part in info.path.removeprefix(root).split("/"))
+        and not any(part.startswith(left_out) for part in info.path.removeprefix(root).split("/"))
     ]
     if not files:
         raise StorageError("the folder holds no file", where=location.uri, hint="put the rows into it, or name a file")

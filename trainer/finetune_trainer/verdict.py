@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finetune_api.job import Gate
-from finetune_api.result import EvaluationResult, GateResult, PromptResult, Verdict
+from finetune_api.result import EvaluationResult, GateResult, MiddlesResult, PromptResult, RefusalResult, Verdict
 
 # What a gate's metric is called in a sentence.
 _NAMES = {
@@ -38,7 +38,10 @@ def got_worse(prompts: Iterable[PromptResult]) -> list[PromptResult]:
 
 
 def measure(
-    gates: Iterable[Gate], evaluation: EvaluationResult | None, prompts: Sequence[PromptResult]
+    gates: Iterable[Gate],
+    evaluation: EvaluationResult | None,
+    prompts: Sequence[PromptResult],
+    refusals: RefusalResult | None = None,
 ) -> list[GateResult]:
     """Each gate with what was measured. A figure that the run could not measure misses its gate."""
     figures: dict[str, float] = {}
@@ -48,6 +51,9 @@ def measure(
             figures["evalLossRatio"] = evaluation.loss_tuned / evaluation.loss_base
     if asked := checked(prompts):
         figures["promptsPassed"] = passed(asked) / len(asked)
+    if refusals:
+        figures["refusalRate"] = refusals.refusal_rate_tuned
+        figures["overRefusalRate"] = refusals.over_refusal_rate_tuned
     results = []
     for gate in gates:
         value = figures.get(gate.metric)
@@ -65,7 +71,11 @@ def gate_sentence(gate: GateResult) -> str:
 
 
 def verdict(
-    evaluation: EvaluationResult | None, prompts: Sequence[PromptResult], gates: Iterable[GateResult]
+    evaluation: EvaluationResult | None,
+    prompts: Sequence[PromptResult],
+    gates: Iterable[GateResult],
+    refusals: RefusalResult | None = None,
+    middles: MiddlesResult | None = None,
 ) -> Verdict:
     """What came out, the most important first."""
     asked = checked(prompts)
@@ -85,14 +95,30 @@ def verdict(
     if evaluation:
         how = "did not fall" if worse_loss else "fell"
         sentences.append(f"Evaluation loss {how}: {evaluation.loss_base:.3f} → {evaluation.loss_tuned:.3f}.")
-    if not asked and not evaluation:
+    if refusals:
+        sentences.append(_refusal_sentence(refusals))
+    if middles:
+        sentences.append(
+            f"Of {middles.middles} middles of held-out code {middles.exact_tuned:.0%} come out exactly "
+            f"(base model: {middles.exact_base:.0%})."
+        )
+    measured = evaluation or refusals or middles
+    if not asked and not measured:
         sentences.append("Nothing says whether it got better: the job has no evaluation rows and no checked prompts.")
     if missed:
         state = "rejected"
     elif worse_loss or (asked and not good):
         state = "bad"
-    elif good < len(asked) or not (asked or evaluation):
+    elif good < len(asked) or not (asked or measured):
         state = "mixed"
     else:
         state = "good"
     return Verdict.model_validate({"state": state, "sentence": " ".join(sentences)})
+
+
+def _refusal_sentence(refusals: RefusalResult) -> str:
+    return (
+        f"It declines {refusals.refusal_rate_tuned:.0%} of harmful or unanswerable prompts "
+        f"(base model: {refusals.refusal_rate_base:.0%}) and {refusals.over_refusal_rate_tuned:.0%} of harmless ones "
+        f"({refusals.over_refusal_rate_base:.0%})."
+    )

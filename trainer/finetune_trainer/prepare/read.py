@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_api.errors import DataError
-from finetune_trainer.prepare.rows import FIELDS
-from finetune_trainer.prepare.sources import SourceFile
+from finetune_trainer.prepare.code import language_of
+from finetune_trainer.prepare.rows import COLUMNS
+from finetune_trainer.prepare.sources import LARGEST_ROW, TREE, SourceFile
 from finetune_trainer.storage import explained
 
 CHUNK_BYTES: Final = 1 << 20
-LARGEST_ROW: Final = 4 << 20  # about a million tokens, for which a tokenizer takes 0.8 GiB
 _BOMS: Final = {
     b"\xef\xbb\xbf": "UTF-8",
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -30,7 +30,7 @@ _BOMS: Final = {
 }
 
 Lines = bytes  # whole lines of JSON
-Cells = list[tuple[int, dict[str, Any]]]  # CSV rows with their line number
+Cells = list[tuple[int, dict[str, Any]]]  # CSV rows with their line number, or a tree's files with theirs
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Chunk:
     first: int
     rows: Lines | Cells | pa.RecordBatch
     read: int  # bytes of the stored file read so far
+    unreadable: int = 0  # files of a tree between these rows that are empty or no UTF-8 text
 
 
 def chunks(file: SourceFile) -> Iterator[Chunk]:
@@ -49,6 +50,9 @@ def chunks(file: SourceFile) -> Iterator[Chunk]:
         StorageError: it cannot be read.
         DataError: it is damaged, not UTF-8 text, or has a line longer than LARGEST_ROW.
     """
+    if file.kind == TREE:
+        yield from _tree(file)
+        return
     location = file.stored.location
     if file.kind == ".parquet":
         with explained(file.uri), location.fs.open_input_file(location.path) as opened:
@@ -173,11 +177,37 @@ def _text_lines(file: SourceFile, blocks: Iterator[bytes]) -> Iterator[str]:
                 ) from None
 
 
+def _tree(file: SourceFile) -> Iterator[Chunk]:
+    """Each member is a row; a repository always holds some files that are no text, so they end nothing."""
+    rows: Cells = []
+    size = read = unreadable = 0
+    for number, member in enumerate(file.members, 1):
+        location = member.location
+        with explained(location.uri), location.fs.open_input_stream(location.path, compression=None) as stream:
+            data = stream.read()
+        read += len(data)
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = ""
+        if not text.strip() or "\0" in text:
+            unreadable += 1
+            continue
+        name = file.name(member)
+        row = {"text": text, "path": name, "language": language_of(name), "repository": file.source.uri}
+        rows.append((number, row))
+        size += len(data)
+        if size >= CHUNK_BYTES:
+            yield Chunk(rows[0][0], rows, read, unreadable)
+            rows, size, unreadable = [], 0, 0
+    if rows or unreadable:
+        yield Chunk(rows[0][0] if rows else 1, rows, read, unreadable)
+
+
 def _parquet(file: SourceFile, opened: pa.NativeFile) -> Iterator[Chunk]:
     with _readable(file):
         parquet = pq.ParquetFile(opened)
-        wanted = {name for own in FIELDS.values() for name in own} | {"tools"}
-        wanted |= set(file.source.columns.values())
+        wanted = {*COLUMNS, *file.source.columns.values()}
         names = [name for name in parquet.schema_arrow.names if name in wanted]
         rows = parquet.metadata.num_rows
         largest = max((group.total_byte_size / max(group.num_rows, 1) for group in _groups(parquet)), default=1.0)

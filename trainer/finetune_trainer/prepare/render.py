@@ -31,11 +31,15 @@ Span = tuple[int, int, float]  # first character, one past the last, weight
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text, the spans of it that are learned, and whether the begin and end tokens are put around it."""
+    """Text, the spans of it that are learned, and whether the begin and end tokens are put around it.
+
+    `ends` is false for the beginning of a longer text, which gets no end token.
+    """
 
     text: str
     spans: list[Span]
     framed: bool = False
+    ends: bool = True
 
 
 class Renderer:
@@ -70,7 +74,7 @@ class Renderer:
             ModelError: chat rows without a chat template, or texts without an end-of-text token.
         """
         if row.format == "text":
-            self._needs_end()
+            self.needs_end()
             return Rendered(row.text, [(0, len(row.text), 1.0)], framed=True)
         if row.format == "chat":
             return self._chat(row.messages, row.weights, row.tools)
@@ -78,7 +82,7 @@ class Renderer:
         if self._tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
             return self._chat(turns, [1.0, 1.0], None)
-        self._needs_end()
+        self.needs_end()
         start = 0 if self._loss == "all" else len(row.prompt)
         text = row.prompt + row.completion
         return Rendered(text, [(start, len(text), 1.0)], framed=True)
@@ -96,12 +100,18 @@ class Renderer:
         for start, end, weight in item.spans:
             weights[_token_at(encoding, start) : _token_at(encoding, end)] = weight
         if item.framed:
-            ids = np.concatenate([self._begin, ids, self._end]).astype(np.int32)
-            weights = np.concatenate([[0] * len(self._begin), weights, [1] * len(self._end)]).astype(np.float16)
+            behind = self._end if item.ends else []
+            ids = np.concatenate([self._begin, ids, behind]).astype(np.int32)
+            weights = np.concatenate([[0] * len(self._begin), weights, [1] * len(behind)]).astype(np.float16)
         weights[:1] = 0
         return ids, weights
 
-    def _needs_end(self) -> None:
+    def needs_end(self) -> None:
+        """Stops at a tokenizer without an end-of-text token.
+
+        Raises:
+            ModelError: it has none.
+        """
         if not self._end:
             raise ModelError(
                 "the tokenizer names no end-of-text token, so the model could not learn to stop",

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.manifest import Split, SplitFacts
-from finetune_trainer.prepare.work import Cuts, Result
+from finetune_trainer.prepare.sources import SourceFile
+from finetune_trainer.prepare.work import Cuts, LeftOut, Result
 
 MOST_POSITIONS: Final = 100
 _LONGEST: Final = 10
@@ -28,6 +29,8 @@ class Tally:
     near_duplicates: int = 0
     evaluation_leaks: int = 0  # training rows dropped because evaluation has them
     cuts: Cuts = field(default_factory=Cuts)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    other_files: int = 0  # of a folder of code: of other languages, or larger than a row may be
 
     def as_json(self) -> dict[str, Any]:
         """With the names of the report."""
@@ -45,15 +48,23 @@ class Tally:
                 "dropped": {"rows": self.cuts.dropped_rows, "tokens": self.cuts.dropped_tokens},
                 "nothingToLearn": {"documents": self.cuts.empty_documents, "tokens": self.cuts.empty_tokens},
             },
+            "leftOut": {
+                "otherFiles": self.other_files,
+                "unreadable": self.left_out.unreadable,
+                "language": self.left_out.language,
+                "license": self.left_out.license,
+                "controlToken": self.left_out.control_token,
+            },
         }
 
 
 class ReportBuilder:
     """Gathers the report while rows go by; memory does not grow with their number."""
 
-    def __init__(self, uris: Sequence[str]) -> None:
-        self._uris = uris
-        self.files = [Tally() for _ in uris]
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._sources = files
+        self.files = [Tally(other_files=file.left_out) for file in files]
+        self.refusals: dict[str, Any] | None = None  # built-in rows that were mixed in
         self._histogram: Counter[int] = Counter()
         self._longest: list[tuple[int, int, int]] = []  # tokens, -file, -row: the first of equals stays
         self.duplicate_rows: list[dict[str, str]] = []  # the first MOST_POSITIONS, as they stand in the report
@@ -64,6 +75,7 @@ class ReportBuilder:
         tally.rows += len(result.numbers)
         tally.tokens += int(result.lengths.sum())
         tally.cuts.add(result.cuts)
+        tally.left_out.add(result.left_out)
         self._histogram.update(_buckets(result.lengths))
         rows = zip(result.lengths.tolist(), result.numbers.tolist(), strict=True)
         longest = ((length, -result.file, -number) for length, number in rows)
@@ -77,16 +89,17 @@ class ReportBuilder:
         tally.evaluation_leaks += kind == "leak"
 
     def position(self, file: int, row: int) -> str:
-        """Where a row stands, for people: file:line."""
-        return f"{self._uris[file]}:{row}"
+        """Where a row stands, for people: file:line, or the file of a folder of code."""
+        return self._sources[file].position(row)
 
     def as_json(self, splits: Mapping[Split, SplitFacts]) -> dict[str, Any]:
         """The report."""
         total = Tally()
         for tally in self.files:
-            for name in ("rows", "tokens", "exact_duplicates", "near_duplicates", "evaluation_leaks"):
+            for name in ("rows", "tokens", "exact_duplicates", "near_duplicates", "evaluation_leaks", "other_files"):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))
             total.cuts.add(tally.cuts)
+            total.left_out.add(tally.left_out)
         return {
             "version": 1,
             **total.as_json(),
@@ -97,7 +110,10 @@ class ReportBuilder:
             ],
             "longest": [{"row": self.position(-file, -row), "tokens": tokens} for tokens, file, row in self._longest],
             "duplicateRows": self.duplicate_rows,
-            "sources": [{"uri": uri, **tally.as_json()} for uri, tally in zip(self._uris, self.files, strict=True)],
+            "sources": [
+                {"uri": source.uri, **tally.as_json()} for source, tally in zip(self._sources, self.files, strict=True)
+            ],
+            **({"refusals": self.refusals} if self.refusals else {}),
         }
 
 

@@ -1,4 +1,4 @@
-"""Checks one row of data and brings it into one of three forms: chat, completion or text.
+"""Checks one row of data and brings it into the form of its format: chat, completion, text, code or rag.
 
 Pure: fields in, a `Row` or the row's problems out. No message carries the row's own text.
 """
@@ -9,19 +9,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
-RowFormat = Literal["chat", "completion", "text"]
+from finetune_api.job import ColumnField
+
+RowFormat = Literal["chat", "completion", "text", "code", "rag"]
 Message = dict[str, Any]
 
-# A format is recognised by any of its fields.
+FORMATS: Final[tuple[RowFormat, ...]] = get_args(RowFormat)
+COLUMNS: Final[tuple[str, ...]] = get_args(ColumnField)
+# A format is recognised by any of its fields. Code has to be named: its rows look like text.
 FIELDS: Final[dict[RowFormat, tuple[str, ...]]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
     "text": ("text",),
+    "rag": ("oracle", "distractors"),
 }
 _ROLES: Final = ("system", "user", "assistant", "tool")
-_LATER: Final = {"preference": ("chosen", "rejected"), "code": ("content", "code"), "rag": ("context",)}
+_LATER: Final = {"preference": ("chosen", "rejected")}
 
 
 @dataclass(frozen=True)
@@ -52,17 +57,37 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
+    path: str = ""  # of code, inside of its repository
+    language: str | None = None
+    license: str | None = None
+    repository: str = ""
+    question: str = ""
+    oracles: list[str] = field(default_factory=list)  # documents that hold the answer
+    distractors: list[str] = field(default_factory=list)  # documents that do not
+    answer: str = ""
+
+    def identity(self) -> str | None:
+        """What is the same for rows that are the same, where their rendered text also depends on draws."""
+        if self.format == "code":
+            return self.text
+        if self.format == "rag":
+            return json.dumps([self.question, self.oracles, self.distractors, self.answer])
+        return None
 
     def said(self) -> list[str]:
-        """What distinguishes the row from others: all its texts, without system messages, which rows share."""
+        """What distinguishes the row from others: all its texts, without what rows share, as system messages."""
         if self.format == "chat":
             return [message["content"] for message in self.messages if message["role"] != "system"]
+        if self.format == "rag":
+            return [self.question, self.answer]
         return [self.prompt, self.completion] if self.format == "completion" else [self.text]
 
     def asked(self) -> list[str]:
         """What a user says in it."""
         if self.format == "chat":
             return [message["content"] for message in self.messages if message["role"] == "user"]
+        if self.format == "rag":
+            return [self.question]
         return [self.prompt if self.format == "completion" else self.text]
 
 
@@ -90,7 +115,7 @@ def detect(fields: Mapping[str, Any]) -> RowFormat:
         raise BadRow(name, "the field is null", "give it a value, or leave the row out")
     raise BadRow(
         "",
-        "the row has none of the fields messages, prompt and completion, or text",
+        "the row has none of the fields messages, prompt and completion, text, or oracle and distractors",
         "rename the file's own fields with the source's `columns`",
     )
 
@@ -106,6 +131,10 @@ def check_row(fields: Mapping[str, Any], row_format: RowFormat) -> Row:
     if row_format == "completion":
         prompt = _text(fields, "prompt")
         return Row("completion", prompt=prompt, completion=_text(fields, "completion"))
+    if row_format == "code":
+        return _code(fields)
+    if row_format == "rag":
+        return _rag(fields)
     return Row("text", text=_text(fields, "text"))
 
 
@@ -133,6 +162,56 @@ def _text(fields: Mapping[str, Any], name: str, path: str = "") -> str:
                 path, f"character {error.start + 1} is half of a surrogate pair", "write the character itself, in UTF-8"
             ) from None
     return value
+
+
+def _code(fields: Mapping[str, Any]) -> Row:
+    about = {
+        name: _text(fields, name) if fields.get(name) else None
+        for name in ("path", "language", "license", "repository")
+    }
+    return Row(
+        "code",
+        text=_text(fields, "text"),
+        path=about["path"] or "",
+        language=about["language"],
+        license=about["license"],
+        repository=about["repository"] or "",
+    )
+
+
+def _rag(fields: Mapping[str, Any]) -> Row:
+    """Documents are given as `oracle` and `distractors`, or as `documents` in which the oracles are marked."""
+    question, answer = _text(fields, "question"), _text(fields, "answer")
+    oracles = _texts(fields, "oracle") if fields.get("oracle") else []
+    distractors = _texts(fields, "distractors") if fields.get("distractors") else []
+    if fields.get("documents") is not None:
+        if oracles or distractors:
+            raise BadRow("documents", "the row has documents twice", "keep documents, or oracle and distractors")
+        for index, document in enumerate(_list(fields, "documents")):
+            path = f"documents[{index}]"
+            if not isinstance(document, dict):
+                raise BadRow(path, f"the document is {_kind(document)}, not an object", 'write {"text": …}')
+            if not isinstance(document.get("oracle") or False, bool):
+                raise BadRow(f"{path}.oracle", "the mark is not a boolean", "write true for what holds the answer")
+            own = oracles if document.get("oracle") else distractors
+            own.append(_text(document, "text", f"{path}.text"))
+    if not oracles and not distractors:
+        raise BadRow("documents", "the row has no document", "give it oracle and distractors, or documents")
+    return Row("rag", question=question, oracles=oracles, distractors=distractors, answer=answer)
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
+    """One text, or a list of them."""
+    values = fields[name]
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)  # a CSV cell holds a list so
+        except ValueError:
+            values = None
+        if not isinstance(values, list):
+            return [_text(fields, name)]
+    values = _list({name: values}, name)
+    return [_text({name: value}, name, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
 def _chat(fields: Mapping[str, Any]) -> Row:

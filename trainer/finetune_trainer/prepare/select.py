@@ -12,6 +12,7 @@ from finetune_api.job import Data
 from finetune_trainer.manifest import Split
 from finetune_trainer.prepare.collect import Collection
 from finetune_trainer.prepare.deduplicate import Duplicates, find_duplicates, mixed
+from finetune_trainer.prepare.refusals import times as refusal_times
 from finetune_trainer.prepare.report import MOST_POSITIONS
 from finetune_trainer.prepare.sources import SourceFile
 
@@ -41,18 +42,45 @@ def select_documents(
     times = np.concatenate(
         [np.full(tally.rows, file.source.weight) for file, tally in zip(files, collection.report.files, strict=True)]
     )
+    built_in = np.concatenate(
+        [np.full(tally.rows, file.built_in) for file, tally in zip(files, collection.report.files, strict=True)]
+    )
     draws = _draws(collection, np.uint64(0))
     if not data.evaluation and data.evaluation_fraction > 0:
-        chosen = kept & (draws < data.evaluation_fraction)
-        if not chosen.any() and kept.sum() > 1:
-            chosen[np.flatnonzero(kept)[np.argmin(draws[kept])]] = True
+        own = kept & ~built_in
+        chosen = own & (draws < data.evaluation_fraction)
+        if not chosen.any() and own.sum() > 1:
+            chosen[np.flatnonzero(own)[np.argmin(draws[own])]] = True
         in_train &= ~chosen
     repeats = np.where(in_train, np.floor(times) + (_draws(collection, _SAMPLING) < times % 1), 1) * kept
+    if data.refusals.mix > 0:
+        _mix_refusals(collection, repeats, in_train, built_in, data.refusals.mix)
     documents = np.arange(len(collection.sizes))
     train = in_train[collection.rows]
     return {
         "train": np.repeat(documents[train], repeats[collection.rows[train]].astype(np.int64)),
         "evaluation": np.repeat(documents[~train], repeats[collection.rows[~train]].astype(np.int64)),
+    }
+
+
+def _mix_refusals(
+    collection: Collection,
+    repeats: npt.NDArray[np.float64],
+    in_train: npt.NDArray[np.bool_],
+    built_in: npt.NDArray[np.bool_],
+    mix: float,
+) -> None:
+    """Sets how often each built-in row is seen; those that repeat the job's own rows, or are too long, are not."""
+    seen = repeats * (np.bincount(collection.rows, minlength=len(repeats)) > 0)
+    others = int(seen[in_train & ~built_in].sum())
+    candidates = np.flatnonzero(built_in & (seen > 0))
+    repeats[built_in] = 0
+    repeats[candidates] = times = refusal_times(mix, others, len(candidates))
+    rows = int(times.sum())
+    collection.report.refusals = {
+        "rows": rows,
+        "distinct": int((times > 0).sum()),
+        "share": rows / (rows + others) if rows else 0.0,
     }
 
 

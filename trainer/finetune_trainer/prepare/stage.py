@@ -34,7 +34,9 @@ from finetune_trainer.prepare.collect import Collection
 from finetune_trainer.prepare.pack import pack
 from finetune_trainer.prepare.pool import Pool
 from finetune_trainer.prepare.read import chunks
-from finetune_trainer.prepare.rows import normalised
+from finetune_trainer.prepare.refusals import built_in_rows
+from finetune_trainer.prepare.repositories import join_repositories
+from finetune_trainer.prepare.rows import FORMATS, normalised
 from finetune_trainer.prepare.select import select_documents
 from finetune_trainer.prepare.shards import ShardWriter
 from finetune_trainer.prepare.sources import (
@@ -75,6 +77,8 @@ def prepare(run: RunConfig, progress: Progress = _silent, workers: int | None = 
     model = Path(run.model_path)
     _check_positions(run, check_model_folder(model))
     files = find_files(run)
+    if run.spec.data.refusals.mix > 0:
+        files.append(built_in_rows())  # last: of two rows that are alike the earlier stays
     hashes = _fingerprints(files, progress)
     key = preparation_key(run.spec, list(zip(files, hashes, strict=True)), tokenizer_sha256(model))
     work = storage.resolve(run.work, run.base_dir, where="work").local
@@ -108,7 +112,7 @@ def _write(
     """Everything that belongs into the prepared folder, the manifest last."""
     data = run.spec.data
     spill = folder / "spill"
-    collection = Collection(spill, [file.uri for file in files])
+    collection = Collection(spill, files)
     try:
         with Pool(_settings(run), _workers(files) if workers is None else workers) as pool:
             tokenizer = pool.facts()
@@ -159,35 +163,50 @@ def _write_split(
 ) -> SplitFacts:
     """Packs the documents and writes the split's shards."""
     writer = ShardWriter(folder, split)
+    documents, counts = join_repositories(collection, documents, capacity)
+    starts = np.cumsum(counts) - counts
     if packing:
         # Documents of one length fill a sequence in the order they come: without this they would all be of one source,
         # and what a step learns from would not be the mixture.
-        documents = documents[permutation(0, 0, len(documents))]
-    sizes = collection.sizes[documents]
-    sequence = pack(sizes, capacity) if packing else np.arange(len(documents))
+        order = permutation(0, 0, len(counts))
+        starts, counts = starts[order], counts[order]
+    ends = starts + counts
+    totals = np.cumsum(np.append(0, collection.sizes[documents]), dtype=np.int64)
+    sizes = (totals[ends] - totals[starts]).astype(np.int32)
+    sequence = pack(sizes, capacity) if packing else np.arange(len(sizes))
     order = np.argsort(sequence, kind="stable")
-    ends = np.cumsum(np.bincount(sequence)) if len(sequence) else np.zeros(0, np.int64)
+    stops = np.cumsum(np.bincount(sequence)) if len(sequence) else np.zeros(0, np.int64)
     start = 0
-    for number, end in enumerate(ends.tolist()):
-        members = order[start:end]
-        parts = [collection.document(index) for index in documents[members].tolist()]
+    for number, stop in enumerate(stops.tolist()):
+        members = order[start:stop]
+        joined = [documents[starts[member] : ends[member]].tolist() for member in members.tolist()]
+        parts = [collection.document(index) for indices in joined for index in indices]
         writer.add(
             np.concatenate([ids for ids, _ in parts]), np.concatenate([weights for _, weights in parts]), sizes[members]
         )
-        start = end
+        start = stop
         if number % _PROGRESS_SEQUENCES == 0:
-            progress(number, len(ends), f"pack {split}")
+            progress(number, len(stops), f"pack {split}")
     return writer.close()
 
 
 def _tasks(files: list[SourceFile]) -> Iterator[Task]:
     for index, file in enumerate(files):
         asked = file.source.format
-        row_format = asked if asked in ("chat", "completion", "text") else None
+        row_format = next((name for name in FORMATS if name == asked), None)
         for chunk in chunks(file):
             if row_format is None:
                 row_format = first_format(chunk, file.source.columns)
-            yield Task(index, chunk, row_format, asked != "auto", file.source.columns, file.split == "train")
+            yield Task(
+                file=index,
+                chunk=chunk,
+                format=row_format,
+                given=asked != "auto",
+                columns=file.source.columns,
+                train=file.split == "train",
+                code=file.source.code,
+                built_in=file.built_in,
+            )
 
 
 def _reported(results: Iterator[Result], files: list[SourceFile], progress: Progress) -> Iterator[Result]:
@@ -218,6 +237,9 @@ def _settings(run: RunConfig) -> Settings:
         sequence_length=spec.data.sequence_length,
         overlong=spec.data.overlong,
         near_duplicates=spec.data.deduplicate == "near",
+        fim=spec.data.fim,
+        rag=spec.data.rag,
+        seed=spec.training.seed,
         held_out={
             normalised(prompt.prompt): index for index, prompt in enumerate(spec.evaluation.prompts) if prompt.held_out
         },

@@ -7,16 +7,19 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.job import ColumnField
+from finetune_api.job import CodeFilter, ColumnField, Fim, Rag
 from finetune_trainer.manifest import TokenizerFacts
+from finetune_trainer.prepare.code import language_of, license_of, wanted_language, wanted_license
 from finetune_trainer.prepare.deduplicate import PERMUTATIONS, signatures
+from finetune_trainer.prepare.pieces import CodeRenderer
+from finetune_trainer.prepare.rag import as_chat
 from finetune_trainer.prepare.read import Chunk
-from finetune_trainer.prepare.render import Renderer
+from finetune_trainer.prepare.render import Rendered, Renderer
 from finetune_trainer.prepare.rows import FIELDS, BadRow, Problem, Row, RowFormat, check_row, detect, normalised
 from finetune_trainer.tokenizer import load_tokenizer, tokenizer_facts
 
@@ -32,6 +35,9 @@ class Settings:
     sequence_length: int
     overlong: str
     near_duplicates: bool
+    fim: Fim
+    rag: Rag
+    seed: int
     held_out: Mapping[str, int]  # normalised prompt: its number in spec.evaluation.prompts
 
 
@@ -45,10 +51,32 @@ class Task:
     given: bool  # the user named the format, so rows may have other formats' fields too
     columns: Mapping[ColumnField, str]
     train: bool
+    code: CodeFilter
+    built_in: bool  # our own rows, which give way to the job's
 
 
 @dataclass
-class Cuts:
+class Counts:
+    """Whole numbers that add up over chunks and files."""
+
+    def add(self, other: Self) -> None:
+        """Adds another's counts to these."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass
+class LeftOut(Counts):
+    """Rows that are none for this job: code that is not asked for, or cannot be learned from."""
+
+    language: int = 0
+    license: int = 0
+    control_token: int = 0  # they hold a token that steers the model
+    unreadable: int = 0  # files that are empty, or no UTF-8 text
+
+
+@dataclass
+class Cuts(Counts):
     """What became of rows longer than the sequence, in rows and tokens."""
 
     truncated_rows: int = 0
@@ -58,11 +86,6 @@ class Cuts:
     dropped_tokens: int = 0
     empty_documents: int = 0  # pieces with nothing to learn in them, left out
     empty_tokens: int = 0
-
-    def add(self, other: Cuts) -> None:
-        """Adds another's counts to these."""
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
@@ -75,13 +98,16 @@ class Result:
     problems: list[tuple[int, Problem]]
     numbers: npt.NDArray[np.int64]  # [R] line or row number in the file
     lengths: npt.NDArray[np.int64]  # [R] tokens, before anything is cut
-    hashes: npt.NDArray[np.uint64]  # [R] of the rendered text
+    hashes: npt.NDArray[np.uint64]  # [R] of the rendered text, or of what it is made of
     minima: npt.NDArray[np.uint32]  # [R, PERMUTATIONS], or [0, …] when near duplicates are not asked for
     rows: npt.NDArray[np.int64]  # [D] the document's row, counted in this chunk
     sizes: npt.NDArray[np.int32]  # [D] tokens
     ids: npt.NDArray[np.int32]  # all documents' tokens
     weights: npt.NDArray[np.float16]  # and their loss weights
     cuts: Cuts
+    left_out: LeftOut
+    repositories: npt.NDArray[np.uint64]  # [R] hash of the code's repository, 0 where there is none
+    paths: list[bytes]  # [R] of code inside of its repository
 
 
 @dataclass
@@ -103,6 +129,7 @@ class Worker:
         self._settings = settings
         self._tokenizer = load_tokenizer(settings.model)
         self._renderer = Renderer(self._tokenizer, settings.loss)
+        self._code_renderer: CodeRenderer | None = None
 
     def facts(self) -> TokenizerFacts:
         """The tokenizer, for the manifest."""
@@ -110,27 +137,40 @@ class Worker:
 
     def __call__(self, task: Task) -> Result:
         problems: list[tuple[int, Problem]] = []
-        numbers, rows, rendered = [], [], []
+        left_out, cuts = LeftOut(unreadable=task.chunk.unreadable), Cuts()
+        numbers: list[int] = []
+        rows: list[Row] = []
+        hashes: list[int] = []
+        rendered: list[Rendered] = []
+        owners: list[int] = []  # the row of each text
         for number, fields in _fields(task.chunk, problems):
             try:
                 row = _row(task, fields)
+                if not self._wanted(row, task, left_out):
+                    continue
                 if task.train:
                     self._check_held_out(row)
-                rendered.append(self._renderer.render(row))
+                identity, texts = self._render(row, cuts)
             except BadRow as bad:
-                problems.append((number, bad.problem))
+                if not task.built_in:
+                    problems.append((number, bad.problem))
             else:
+                owners += [len(rows)] * len(texts)
+                rendered += texts
                 numbers.append(number)
                 rows.append(row)
+                hashes.append(identity)
             if len(problems) >= MOST_PROBLEMS:
                 break
         tokens = self._renderer.tokens(rendered)
-        documents, cuts = _Documents(), Cuts()
-        for index, (ids, weights) in enumerate(tokens):
+        documents = _Documents()
+        for index, (ids, weights) in zip(owners, tokens, strict=True):
             try:
                 self._cut(index, ids, weights, documents, cuts)
             except BadRow as bad:
-                problems.append((numbers[index], bad.problem))
+                if not task.built_in:
+                    problems.append((numbers[index], bad.problem))
+        lengths = np.bincount(owners, [len(ids) for ids, _ in tokens], len(rows)) if rows else np.zeros(0)
         near = self._settings.near_duplicates and rows
         return Result(
             file=task.file,
@@ -138,15 +178,56 @@ class Worker:
             read=task.chunk.read,
             problems=sorted(problems, key=lambda item: item[0])[:MOST_PROBLEMS],
             numbers=np.array(numbers, dtype=np.int64),
-            lengths=np.array([len(ids) for ids, _ in tokens], dtype=np.int64),
-            hashes=np.array([_hash(item.text) for item in rendered], dtype=np.uint64),
+            lengths=lengths.astype(np.int64),
+            hashes=np.array(hashes, dtype=np.uint64),
             minima=signatures(["\n".join(r.said()) for r in rows]) if near else np.zeros((0, PERMUTATIONS), np.uint32),
             rows=np.array(documents.rows, dtype=np.int64),
             sizes=np.array([len(ids) for ids in documents.ids], dtype=np.int32),
             ids=np.concatenate([np.zeros(0, np.int32), *documents.ids]),
             weights=np.concatenate([np.zeros(0, np.float16), *documents.weights]),
             cuts=cuts,
+            left_out=left_out,
+            repositories=np.array([_hash(r.repository) | 1 if r.repository else 0 for r in rows], dtype=np.uint64),
+            paths=[r.path.encode() for r in rows],
         )
+
+    def _render(self, row: Row, cuts: Cuts) -> tuple[int, list[Rendered]]:
+        """The row's hash, by which it is known and drawn, and its texts: one, or several of code."""
+        settings, identity = self._settings, row.identity()
+        if identity is None:
+            rendered = self._renderer.render(row)
+            return _hash(rendered.text), [rendered]
+        row_hash = _hash(identity)
+        if row.format == "rag":
+            return row_hash, [self._renderer.render(as_chat(row, settings.rag, settings.seed, row_hash))]
+        pieces = self._code().pieces(row, row_hash)
+        cuts.split_rows += pieces.split
+        cuts.truncated_rows += pieces.lost > 0
+        cuts.truncated_tokens += pieces.lost
+        return row_hash, pieces.rendered
+
+    def _code(self) -> CodeRenderer:
+        if self._code_renderer is None:
+            settings = self._settings
+            self._renderer.needs_end()
+            self._code_renderer = CodeRenderer(
+                self._tokenizer, settings.fim, settings.seed, settings.sequence_length, settings.overlong
+            )
+        return self._code_renderer
+
+    def _wanted(self, row: Row, task: Task, left_out: LeftOut) -> bool:
+        """Whether a row of code is one of those asked for; if not, it is counted."""
+        if row.format != "code":
+            return True
+        if not wanted_language(row.language or language_of(row.path), task.code):
+            left_out.language += 1
+        elif not wanted_license(row.license or license_of(row.text), task.code):
+            left_out.license += 1
+        elif self._code().holds_control_token(row.text + row.path):
+            left_out.control_token += 1
+        else:
+            return True
+        return False
 
     def _check_held_out(self, row: Row) -> None:
         for asked in row.asked() if self._settings.held_out else []:

@@ -91,6 +91,13 @@ def tiles(result: Result) -> list[Tile]:
         tiles.append(
             Tile("Prompts as asked", f"{passed(asked)} of {len(asked)}", f"base model: {passed_by_base(asked)}")
         )
+    if r := result.refusals:
+        rates = f"{r.refusal_rate_tuned:.0%}", f"base model: {r.refusal_rate_base:.0%}"
+        tiles.append(Tile("Harmful or unanswerable declined", *rates))
+        rates = f"{r.over_refusal_rate_tuned:.0%}", f"base model: {r.over_refusal_rate_base:.0%}"
+        tiles.append(Tile("Harmless declined", *rates))
+    if m := result.middles:
+        tiles.append(Tile("Exact middles of code", f"{m.exact_tuned:.0%}", f"base model: {m.exact_base:.0%}"))
     if e := result.evaluation:
         tiles.append(Tile("Evaluation loss", f"{e.loss_tuned:.3f}", f"base model: {e.loss_base:.3f}"))
         tiles.append(Tile("Perplexity", f"{e.perplexity_tuned:.3g}", f"base model: {e.perplexity_base:.3g}"))
