@@ -57,7 +57,7 @@ def test_kubectl_can_create_the_samples(file: Path, api_cluster: Cluster, namesp
     ("kind", "document", "changes"),
     [(JOB_KIND, JOB, changes) for changes in VALID_JOBS]
     + [(RUNTIME_KIND, RUNTIME, changes) for changes in VALID_RUNTIMES],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Kind) else "" if "kind" in value else str(value)[:70],
 )
 def test_defaults_are_filled_in_as_validate_does(api: Api, kind: Kind, document: Object, changes: Object) -> None:
     written = changed(document, changes)
