@@ -95,6 +95,22 @@ class MiddlesResult(Model):
     similarity_tuned: float = Field(description="The same, tuned.")
 
 
+class RetrievalScore(Model):
+    """How well one model answers held-out questions."""
+
+    with_passages: float = Field(description="Mean F1 of the answer's words, given the passages.")
+    without_passages: float = Field(description="The same, asked the question alone.")
+    cited: float = Field(description="Share of answers, given the passages, that cite the right ones and no other.")
+
+
+class RetrievalResult(Model):
+    """Held-out questions whose passages hold the answer, with and without these passages."""
+
+    questions: int = Field(description="Questions that were asked, each in both ways.")
+    base: RetrievalScore = Field(description="Of the base model.")
+    tuned: RetrievalScore = Field(description="Of the tuned model.")
+
+
 class TrainingResult(Model):
     """What the training did."""
 
@@ -176,6 +192,7 @@ class Result(Model):
     gates: list[GateResult] = Field(description="In the job's order.")
     refusals: RefusalResult | None = Field(None, description="With evaluation.refusalSuite.")
     middles: MiddlesResult | None = Field(None, description="With fill-in-the-middle rows for evaluation.")
+    retrieval: RetrievalResult | None = Field(None, description="With rag rows for evaluation.")
     export: ExportResult = Field(description="Weights and their check.")
     output: str = Field(description="Where the weights are, without credentials.")
     stages: dict[str, float] = Field(description="Wall time by stage.")

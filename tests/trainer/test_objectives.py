@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from finetune_api.errors import GateFailed
+from finetune_api.job import Prompt
 from finetune_api.run import PREPARED, RunConfig
-from finetune_trainer import finish as finish_module
+from finetune_trainer import examine
+from finetune_trainer.answers import Question, Speaker, answer
 from finetune_trainer.finish import check_gates, finish
 from finetune_trainer.middles import Middle, held_out_middles, measure_middles, similarity
 from finetune_trainer.prepare import prepare
 from finetune_trainer.refusals import declined, suite
+from finetune_trainer.retrieval import HeldOut, held_out_questions, measure_retrieval, word_f1
 from finetune_trainer.tokenizer import load_tokenizer
-from tests.trainer.jobs import jsonl
+from tests.tiny import END, SPECIAL, tiny_llama
+from tests.trainer.jobs import jsonl, run_config
 from tests.trainer.test_prepare_code import MIDDLE, PREFIX, SUFFIX, coder
+from tests.trainer.test_prepare_rag import ROWS
 from tests.trainer.workers import train_with_workers
 
 
@@ -84,7 +90,7 @@ def test_the_report_says_how_well_both_models_fill_held_out_middles(code_run: Ru
         assert measure_middles(middles, found, found).similarity_base == pytest.approx(expected)
     report = json.loads((Path(code_run.base_dir) / "output/report/report.json").read_text())
     assert report["middles"]["exactTuned"] == result.middles.exact_tuned
-    assert "Exact middles of held-out code" in (Path(code_run.base_dir) / "output/report/report.html").read_text()
+    assert "Exact middles of code, of" in (Path(code_run.base_dir) / "output/report/report.html").read_text()
 
 
 def generated(model: Any, tokenizer: Any, middle: Middle) -> str:
@@ -99,7 +105,7 @@ def generated(model: Any, tokenizer: Any, middle: Middle) -> str:
 
 
 def test_a_model_that_refuses_too_little_misses_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish_module, "SUITE_TOKENS", 6)  # a random model's words: few are enough
+    monkeypatch.setattr(examine, "SUITE_TOKENS", 6)  # a random model's words: few are enough
     (tmp_path / "rows.jsonl").write_bytes(
         jsonl({"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(40))
     )
@@ -125,6 +131,61 @@ def test_a_model_that_refuses_too_little_misses_its_gate(tmp_path: Path, monkeyp
     page = (tmp_path / "output/rejected/report/report.html").read_text()
     assert "Harmful prompts declined, of 40" in page
     assert "4 (9.1 %)" in page, "the rows that were mixed in"
+
+
+@pytest.fixture(scope="module")
+def rag_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("rag")
+    (folder / "held.jsonl").write_bytes(jsonl(ROWS[:12]))
+    (folder / "rows.jsonl").write_bytes(jsonl(ROWS[20:30]))
+    data = {
+        "train": [{"uri": "rows.jsonl"}], "evaluation": [{"uri": "held.jsonl"}], "rag": {"withoutOracle": 0.5},
+        "sequenceLength": 512, "deduplicate": "none",
+    }  # fmt: skip
+    run = run_config(folder, tiny_llama(folder / "model"), data, evaluation={"maxNewTokens": 16})
+    prepare(run, workers=0)
+    return run
+
+
+def test_held_out_questions_are_those_whose_passages_hold_the_answer(rag_run: RunConfig) -> None:
+    tokenizer = load_tokenizer(Path(rag_run.model_path))
+    questions = held_out_questions(Path(rag_run.work) / PREPARED, tokenizer, 64)
+    by_question = {row["question"]: row for row in ROWS[:12]}
+    assert 2 <= len(questions) < 12, "about half of the rows lost their oracle"
+    for held in questions:
+        row = by_question[held.question]
+        asked = tokenizer.decode(held.prompt)
+        number = re.search(r"^\[(\d)\] " + re.escape(row["oracle"]), asked, re.MULTILINE)
+        assert number
+        assert held.answer == f"{row['answer']} [{number[1]}]"
+        assert asked.endswith(f"Question: {held.question}<|im_end|>\n<|im_start|>assistant\n")
+        assert held_out_questions(Path(rag_run.work) / PREPARED, tokenizer, 2) == []
+
+
+def test_questions_are_asked_with_their_passages_and_without(rag_run: RunConfig, tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", seed=1)
+    found = examine.examine(rag_run, other, lambda: None).retrieval
+    assert found is not None
+    tokenizer = load_tokenizer(Path(rag_run.model_path))
+    questions = held_out_questions(Path(rag_run.work) / PREPARED, tokenizer, 16)
+    with_passages = [Question(held.prompt, 16) for held in questions]
+    alone = [Question(Prompt(prompt=held.question), 16) for held in questions]
+    for folder, score in ((Path(rag_run.model_path), found.base), (other, found.tuned)):
+        said = answer(Speaker(folder, folder), [*with_passages, *alone], [SPECIAL.index(END)])
+        expected = [word_f1(held.answer, text.text) for held, text in zip([*questions, *questions], said, strict=True)]
+        assert score.with_passages == pytest.approx(sum(expected[: len(questions)]) / len(questions))
+        assert score.without_passages == pytest.approx(sum(expected[len(questions) :]) / len(questions))
+    assert found.questions == len(questions) > 1
+
+
+def test_answers_are_scored_by_words_and_by_what_they_cite() -> None:
+    questions = [HeldOut((1,), "?", "Two weeks ahead [2].", 4), HeldOut((1,), "?", "The team [1] [3]", 4)]
+    right = ["two weeks, ahead [2]", "The team [3] [1]."]
+    wrong = ["Three weeks [1].", "Nobody"]
+    measured = measure_retrieval(questions, (wrong, right), (wrong, wrong))
+    assert (measured.tuned.with_passages, measured.tuned.cited) == (1.0, 1.0)
+    assert measured.base.with_passages == pytest.approx((2 * 1 / 5 + 0) / 2)
+    assert (measured.base.cited, measured.tuned.without_passages) == (0.0, measured.base.with_passages)
 
 
 @pytest.mark.parametrize(

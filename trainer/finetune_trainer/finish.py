@@ -22,18 +22,14 @@ from pathlib import Path
 from typing import Final
 
 from finetune_api.errors import GateFailed
-from finetune_api.job import Prompt
-from finetune_api.result import EXPORT_FILE, Cost, ExportResult, MiddlesResult, PromptResult, RefusalResult, Result
+from finetune_api.result import EXPORT_FILE, Cost, ExportResult, Result
 from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RESULT_FILE, RunConfig
 from finetune_trainer import figures, storage
-from finetune_trainer.answers import Question, Speaker, ask, compared
+from finetune_trainer.examine import Findings, examine
 from finetune_trainer.manifest import REPORT_FILE, read_manifest, write_json
-from finetune_trainer.middles import SLACK_TOKENS, held_out_middles, measure_middles
 from finetune_trainer.model_card import model_card, public
-from finetune_trainer.refusals import SUITE_TOKENS, measure_refusals, suite
 from finetune_trainer.report import REPORT_FILES, write_report
 from finetune_trainer.reporter import read_metrics
-from finetune_trainer.tokenizer import load_tokenizer
 from finetune_trainer.verdict import gate_sentence, measure, verdict
 
 _LIBRARIES: Final = ("finetune", "torch", "deepspeed", "transformers", "peft", "ray", "safetensors", "pyarrow")
@@ -72,9 +68,9 @@ def finish(
     work = Path(run.work)
     progress("asking base and tuned model the prompts")
     started = time.monotonic()
-    answers = _ask(run, lambda: progress("asking base and tuned model the prompts"))
+    findings = examine(run, _tuned(work), lambda: progress("asking base and tuned model the prompts"))
     answering = time.monotonic() - started
-    result = _result(run, answers, seconds, answering, price)
+    result = _result(run, findings, seconds, answering, price)
 
     progress("writing weights and report")
     for folder in _folders(work):
@@ -100,58 +96,15 @@ def check_gates(result: Result) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What both models were asked, beside the evaluation loss."""
-
-    prompts: list[PromptResult]
-    refusals: RefusalResult | None
-    middles: MiddlesResult | None
-
-
-def _ask(run: RunConfig, waiting: Callable[[], None]) -> _Answers:
-    """All questions in one go, since each model is loaded for it."""
-    base, prepared = Path(run.model_path), Path(run.work) / PREPARED
-    evaluation = run.spec.evaluation
-    manifest = read_manifest(prepared)
-    prompts = [Question(prompt, evaluation.max_new_tokens) for prompt in evaluation.prompts]
-    tests = [Question(Prompt(prompt=p), SUITE_TOKENS) for _, p in suite()] if evaluation.refusal_suite else []
-    code = any(source.format == "code" for source in manifest.sources) and manifest.splits.evaluation.sequences
-    middles = held_out_middles(prepared, load_tokenizer(base), evaluation.max_new_tokens) if code else []
-    gaps = [Question(middle.prompt, middle.tokens + SLACK_TOKENS) for middle in middles]
-    ends = [*manifest.tokenizer.end_of_turn_token_ids]
-    if gaps and manifest.tokenizer.eos_token_id is not None:
-        ends.append(manifest.tokenizer.eos_token_id)  # what ends a middle, also where a chat's turn ends otherwise
-    of_base, of_tuned = ask(
-        Speaker(base, base),
-        Speaker(_tuned(Path(run.work)), base),
-        [*prompts, *tests, *gaps],
-        stop_tokens=ends,
-        gpu=run.spec.workers.gpus_each > 0,
-        waiting=waiting,
-    )
-
-    def texts(first: int, count: int) -> tuple[list[str], list[str]]:
-        chosen = slice(first, first + count)
-        return [said.text for said in of_base[chosen]], [said.text for said in of_tuned[chosen]]
-
-    asked = len(prompts)
-    return _Answers(
-        compared(evaluation.prompts, of_base[:asked], of_tuned[:asked]),
-        measure_refusals(*texts(asked, len(tests))) if tests else None,
-        measure_middles(middles, *texts(asked + len(tests), len(gaps))) if gaps else None,
-    )
-
-
 def _result(
-    run: RunConfig, answers: _Answers, seconds: Mapping[str, float], answering: float, price: Price | None
+    run: RunConfig, findings: Findings, seconds: Mapping[str, float], answering: float, price: Price | None
 ) -> Result:
     work = Path(run.work)
     events = read_metrics(work / METRICS_FILE)
     export = ExportResult.model_validate_json((work / EXPORT / EXPORT_FILE).read_bytes())
     evaluation = figures.evaluation_result(events)
-    prompts = answers.prompts
-    gates = measure(run.spec.evaluation.gates, evaluation, prompts, answers.refusals)
+    prompts = findings.prompts
+    gates = measure(run.spec.evaluation.gates, evaluation, prompts, findings.refusals)
     stages = {**figures.stages(events, seconds, export.seconds), "answers": answering}
     hours = sum(stages[name] for name in _HELD) / 3600
     rejected = any(not gate.passed for gate in gates)
@@ -161,14 +114,15 @@ def _result(
         uid=run.uid,
         finished=time.time(),
         model=public(run.spec.model.source),
-        verdict=verdict(evaluation, prompts, gates, answers.refusals, answers.middles),
+        verdict=verdict(evaluation, prompts, gates, findings.refusals, findings.middles, findings.retrieval),
         evaluation=evaluation,
         training=figures.training_result(events),
         prompts=prompts,
         answered_by=f"{_tuned(work).name}, {export.dtype}",
         gates=gates,
-        refusals=answers.refusals,
-        middles=answers.middles,
+        refusals=findings.refusals,
+        middles=findings.middles,
+        retrieval=findings.retrieval,
         export=export,
         output=public(output),
         stages=stages,

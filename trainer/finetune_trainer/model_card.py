@@ -71,7 +71,7 @@ def public(uri: str) -> str:
 
 
 def results(result: Result) -> list[list[str]]:
-    """Base against tuned: losses, prompts, refusals and middles of code."""
+    """Base against tuned: losses, prompts and exams."""
     rows = []
     if e := result.evaluation:
         rows.append(["evaluation loss", f"{e.loss_base:.4f}", f"{e.loss_tuned:.4f}"])
@@ -79,11 +79,25 @@ def results(result: Result) -> list[list[str]]:
     if asked := checked(result.prompts):
         of = len(asked)
         rows.append(["prompts as asked", f"{passed_by_base(asked)} of {of}", f"{passed(asked)} of {of}"])
+    return rows + exams(result)
+
+
+def exams(result: Result) -> list[list[str]]:
+    """Base against tuned: the refusal suite, held-out middles of code, held-out questions with their passages."""
+    rows = []
     if refusals := result.refusals:
         rows += [[f"{k.kind} prompts declined, of {k.prompts}", str(k.base), str(k.tuned)] for k in refusals.kinds]
     if m := result.middles:
         rows.append([f"exact middles of code, of {m.middles}", f"{m.exact_base:.1%}", f"{m.exact_tuned:.1%}"])
         rows.append(["edit similarity of middles", f"{m.similarity_base:.3f}", f"{m.similarity_tuned:.3f}"])
+    if r := result.retrieval:
+        before, after = r.base, r.tuned
+        rows += [
+            [f"held-out questions, word F1 with passages, of {r.questions}",
+             f"{before.with_passages:.3f}", f"{after.with_passages:.3f}"],
+            ["the same without passages", f"{before.without_passages:.3f}", f"{after.without_passages:.3f}"],
+            ["the right passages cited", f"{before.cited:.0%}", f"{after.cited:.0%}"],
+        ]  # fmt: skip
     return rows
 
 

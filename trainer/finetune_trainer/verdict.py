@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finetune_api.job import Gate
-from finetune_api.result import EvaluationResult, GateResult, MiddlesResult, PromptResult, RefusalResult, Verdict
+from finetune_api.result import (
+    EvaluationResult,
+    GateResult,
+    MiddlesResult,
+    PromptResult,
+    RefusalResult,
+    RetrievalResult,
+    Verdict,
+)
 
 # What a gate's metric is called in a sentence.
 _NAMES = {
@@ -76,6 +84,7 @@ def verdict(
     gates: Iterable[GateResult],
     refusals: RefusalResult | None = None,
     middles: MiddlesResult | None = None,
+    retrieval: RetrievalResult | None = None,
 ) -> Verdict:
     """What came out, the most important first."""
     asked = checked(prompts)
@@ -102,7 +111,12 @@ def verdict(
             f"Of {middles.middles} middles of held-out code {middles.exact_tuned:.0%} come out exactly "
             f"(base model: {middles.exact_base:.0%})."
         )
-    measured = evaluation or refusals or middles
+    if retrieval:
+        sentences.append(
+            f"Its answers to held-out questions with their passages have a word F1 of "
+            f"{retrieval.tuned.with_passages:.2f} (base model: {retrieval.base.with_passages:.2f})."
+        )
+    measured = evaluation or refusals or middles or retrieval
     if not asked and not measured:
         sentences.append("Nothing says whether it got better: the job has no evaluation rows and no checked prompts.")
     if missed:

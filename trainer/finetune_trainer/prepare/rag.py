@@ -15,6 +15,7 @@ from finetune_trainer.prepare.rows import Row
 INSTRUCTION: Final = (
     "Answer the question with the help of these passages, and cite those you use by their numbers, such as [1]."
 )
+BEFORE_QUESTION: Final = "\n\nQuestion: "
 _CITATION: Final = re.compile(r" ?\[oracle(?: (\d+))?\]")
 
 
@@ -30,15 +31,10 @@ def as_chat(row: Row, rag: Rag, seed: int, row_hash: int) -> Row:
     order = sorted(range(len(documents)), key=lambda index: _draw(seed, row_hash, f"place {index}"))
     passages = [f"[{place}] {documents[index]}" for place, index in enumerate(order, 1)]
     numbers = [order.index(index) + 1 for index in range(len(oracles))]
-    asked = question("\n\n".join(passages), row.question)
+    asked = f"{INSTRUCTION}\n\n" + "\n\n".join(passages) + BEFORE_QUESTION + row.question
     answer = rag.unanswered if lost and rag.unanswered is not None else _cited(row.answer, numbers)
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return Row("chat", messages=messages, weights=[1.0, 1.0])
-
-
-def question(passages: str, asked: str) -> str:
-    """What the user says; whoever asks the tuned model should say it the same way."""
-    return f"{INSTRUCTION}\n\n{passages}\n\nQuestion: {asked}"
 
 
 def _cited(answer: str, numbers: list[int]) -> str:

@@ -122,6 +122,25 @@ class _Documents:
         self.weights.append(weights)
 
 
+@dataclass
+class _Batch:
+    """A chunk's rows on their way to a Result."""
+
+    numbers: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    rendered: list[Rendered] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)  # the row of each text
+    problems: list[tuple[int, Problem]] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    cuts: Cuts = field(default_factory=Cuts)
+
+    def problem(self, task: Task, number: int, bad: BadRow) -> None:
+        """Notes what is wrong with a row; a built-in one just gives way."""
+        if not task.built_in:
+            self.problems.append((number, bad.problem))
+
+
 class Worker:
     """Turns chunks into results with one tokenizer."""
 
@@ -136,60 +155,59 @@ class Worker:
         return tokenizer_facts(self._tokenizer, self._settings.model)
 
     def __call__(self, task: Task) -> Result:
-        problems: list[tuple[int, Problem]] = []
-        left_out, cuts = LeftOut(unreadable=task.chunk.unreadable), Cuts()
-        numbers: list[int] = []
-        rows: list[Row] = []
-        hashes: list[int] = []
-        rendered: list[Rendered] = []
-        owners: list[int] = []  # the row of each text
-        for number, fields in _fields(task.chunk, problems):
-            try:
-                row = _row(task, fields)
-                if not self._wanted(row, task, left_out):
-                    continue
-                if task.train:
-                    self._check_held_out(row)
-                identity, texts = self._render(row, cuts)
-            except BadRow as bad:
-                if not task.built_in:
-                    problems.append((number, bad.problem))
-            else:
-                owners += [len(rows)] * len(texts)
-                rendered += texts
-                numbers.append(number)
-                rows.append(row)
-                hashes.append(identity)
-            if len(problems) >= MOST_PROBLEMS:
-                break
-        tokens = self._renderer.tokens(rendered)
+        batch = self._read(task)
+        rows = batch.rows
+        tokens = self._renderer.tokens(batch.rendered)
         documents = _Documents()
-        for index, (ids, weights) in zip(owners, tokens, strict=True):
+        for index, (ids, weights) in zip(batch.owners, tokens, strict=True):
             try:
-                self._cut(index, ids, weights, documents, cuts)
+                self._cut(index, ids, weights, documents, batch.cuts)
             except BadRow as bad:
-                if not task.built_in:
-                    problems.append((numbers[index], bad.problem))
-        lengths = np.bincount(owners, [len(ids) for ids, _ in tokens], len(rows)) if rows else np.zeros(0)
+                batch.problem(task, batch.numbers[index], bad)
+        lengths = np.bincount(batch.owners, [len(ids) for ids, _ in tokens], len(rows)) if rows else np.zeros(0)
         near = self._settings.near_duplicates and rows
         return Result(
             file=task.file,
             format=rows[0].format if rows else "",
             read=task.chunk.read,
-            problems=sorted(problems, key=lambda item: item[0])[:MOST_PROBLEMS],
-            numbers=np.array(numbers, dtype=np.int64),
+            problems=sorted(batch.problems, key=lambda item: item[0])[:MOST_PROBLEMS],
+            numbers=np.array(batch.numbers, dtype=np.int64),
             lengths=lengths.astype(np.int64),
-            hashes=np.array(hashes, dtype=np.uint64),
+            hashes=np.array(batch.hashes, dtype=np.uint64),
             minima=signatures(["\n".join(r.said()) for r in rows]) if near else np.zeros((0, PERMUTATIONS), np.uint32),
             rows=np.array(documents.rows, dtype=np.int64),
             sizes=np.array([len(ids) for ids in documents.ids], dtype=np.int32),
             ids=np.concatenate([np.zeros(0, np.int32), *documents.ids]),
             weights=np.concatenate([np.zeros(0, np.float16), *documents.weights]),
-            cuts=cuts,
-            left_out=left_out,
+            cuts=batch.cuts,
+            left_out=batch.left_out,
             repositories=np.array([_hash(r.repository) | 1 if r.repository else 0 for r in rows], dtype=np.uint64),
             paths=[r.path.encode() for r in rows],
         )
+
+    def _read(self, task: Task) -> _Batch:
+        """The chunk's rows that are wanted, and their texts."""
+        batch = _Batch()
+        batch.left_out.unreadable = task.chunk.unreadable
+        for number, fields in _fields(task.chunk, batch.problems):
+            try:
+                row = _row(task, fields)
+                if not self._wanted(row, task, batch.left_out):
+                    continue
+                if task.train:
+                    self._check_held_out(row)
+                identity, texts = self._render(row, batch.cuts)
+            except BadRow as bad:
+                batch.problem(task, number, bad)
+            else:
+                batch.owners += [len(batch.rows)] * len(texts)
+                batch.rendered += texts
+                batch.numbers.append(number)
+                batch.rows.append(row)
+                batch.hashes.append(identity)
+            if len(batch.problems) >= MOST_PROBLEMS:
+                break
+        return batch
 
     def _render(self, row: Row, cuts: Cuts) -> tuple[int, list[Rendered]]:
         """The row's hash, by which it is known and drawn, and its texts: one, or several of code."""

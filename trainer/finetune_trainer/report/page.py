@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune_api.result import PromptResult, Result
-from finetune_trainer.model_card import public
+from finetune_trainer.model_card import exams, public
 from finetune_trainer.progress import clock, count
 from finetune_trainer.report import charts
 from finetune_trainer.report.curves import Curves
@@ -78,6 +78,7 @@ def html(result: Result, curves: Curves) -> str:
         failing=[p for p in result.prompts if p.tuned.outcome == "failed"],
         worse=got_worse(result.prompts),
         topics=topics(result.prompts),
+        measured=exams(result),
         stages=shares(result.stages),
         charts=_charts(result, curves),
         settings=yaml.safe_dump(result.settings, sort_keys=False, allow_unicode=True),
