@@ -18,6 +18,9 @@ from finetune_operator.progress import merge
 from finetune_operator.stuck import stuck, stuck_reason
 
 HEAD_LOST_SECONDS: Final = 20.0  # KubeRay's own verdict is better, where it comes
+# Often all that a driver sees of another pod's end, which its kubelet may report a moment after KubeRay reports ours.
+_CONSEQUENCES: Final = ("Network", "Unknown")
+SETTLE_SECONDS: Final = 5.0
 QUEUED_SECONDS: Final = 20.0  # between two looks at why Kueue lets a job wait
 RESULT_SECONDS: Final = 20.0  # that a living head is asked for its result, before storage is
 SILENT_SECONDS: Final = 60.0  # without an answer of the head, until the status says so
@@ -40,7 +43,11 @@ def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
     elif _has_failed(draft, ray_job):
         if report and report.result:  # a missed gate keeps the weights aside
             draft.set(result=report.result)
-        fail(draft, ray_job.attempt, classify(_evidence(draft, spec, ray_job)))
+        diagnosis, since = classify(_evidence(draft, spec, ray_job)), draft.observed.ended
+        if diagnosis.reason in _CONSEQUENCES and since is not None and 0 <= draft.now - since < SETTLE_SECONDS:
+            draft.wake(1.0)
+        else:
+            fail(draft, ray_job.attempt, diagnosis)
     elif report and report.age > draft.timing.hang:
         message = f"The trainer has not got on for {format_duration(report.age)}; it was at step {report.step}."
         fail(draft, ray_job.attempt, Diagnosis("Hang", message))
@@ -125,7 +132,7 @@ def _finish(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
     observed, job = draft.observed, draft.observed.result
     name = result_name(observed.job.name)
     heads = [pod for pod in observed.pods_of("train", ray_job.attempt) if pod.role == "head" and pod.live]
-    waited = draft.now - (ray_job.ended or 0.0)
+    waited = 0.0 if observed.ended is None else draft.now - observed.ended
     draft.say("Finishing", "Finishing", "Training has ended; its result is read.", running=True)
     if job is None and heads and waited < RESULT_SECONDS:
         draft.wake(2.0)

@@ -49,7 +49,7 @@ class Memory:
     report: ProgressReport | None = None
     heard: float = 0.0
     asked: float = 0.0
-    ended: bool = False  # whether the live attempt's driver had ended when its head was asked last
+    ended: float | None = None  # since when the live attempt's driver is known to have ended
     looked: float = 0.0
     pause: float = LOOK_SECONDS
     about: str = ""  # UID of what `troubles` and `queued` are about
@@ -117,6 +117,7 @@ class Observer:
             troubles=memory.troubles,
             queued=memory.queued,
             head_lost=memory.head_lost,
+            ended=memory.ended if live else None,
             lost_nodes=lost,
             gone=[pod for uid, pod in memory.pods.items() if uid not in {pod.uid for pod in pods}],
         )
@@ -175,8 +176,8 @@ class Observer:
             memory.report, memory.heard = None, 0.0
         ended = live.outcome in ("SUCCEEDED", "FAILED", "STOPPED") or live.deployment in ("Complete", "Failed")
         # What was heard just before the end does not say why: it is asked at once.
-        pause = (FINAL_SECONDS if memory.ended else 0.0) if ended else self._interval * 0.9
-        memory.ended = ended
+        pause = (0.0 if memory.ended is None else FINAL_SECONDS) if ended else self._interval * 0.9
+        memory.ended = (memory.ended or now) if ended else None
         head = next((pod for pod in heads if pod.ip and pod.phase == "Running"), None)
         if head is None or 0 <= now - memory.asked < pause:
             return

@@ -125,7 +125,6 @@ class RayJob:
     outcome: str
     reason: str
     message: str
-    ended: float | None
     cluster: str
     cluster_trouble: str
 
@@ -160,6 +159,7 @@ class Observed:
         refused: children that the API server did not let us make, by name.
         troubles: the cluster's words on why no pod of the current stage gets on.
         head_lost: since when a running attempt has no head pod.
+        ended: since when the current attempt's driver is known to have ended; by our clock, not its node's.
         queued: why Kueue lets the current attempt wait.
         lost_nodes: nodes of the job's pods that are not ready or gone.
         gone: pods of the current attempt as last seen before they were deleted: they may say why it failed.
@@ -179,6 +179,7 @@ class Observed:
     troubles: Sequence[Block] = ()
     queued: str = ""
     head_lost: float | None = None
+    ended: float | None = None
     lost_nodes: frozenset[str] = frozenset()
     gone: Sequence[Pod] = ()
 
@@ -261,7 +262,6 @@ def read_ray_job(manifest: Json, owner: str) -> RayJob | None:
         outcome=status.get("jobStatus", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
-        ended=parse_time(status.get("endTime")),
         cluster=status.get("rayClusterName", ""),
         cluster_trouble=_PODS.sub("pods", refused.get("message") or cluster.get("reason", "")),
     )

@@ -34,7 +34,7 @@ PREPARE = replace(HEAD, name="chat-prepare-x7k2p", uid="3", stage="prepare", att
 RESULT = replace(PREPARE, name="chat-result-b5m9z", uid="4", stage="result")
 RAY_JOB = RayJob(
     name="chat-a1", uid="5", attempt=1, created=0.0, deleting=None, foreign=False, suspended=False,
-    deployment="Failed", outcome="FAILED", reason="AppFailed", message="", ended=100.0, cluster="chat-a1-x",
+    deployment="Failed", outcome="FAILED", reason="AppFailed", message="", cluster="chat-a1-x",
     cluster_trouble="",
 )  # fmt: skip
 BATCH_JOB = BatchJob(

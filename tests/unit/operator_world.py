@@ -84,7 +84,6 @@ def ray_job(attempt: int = 1, **fields: Any) -> RayJob:
         "outcome": "RUNNING",
         "reason": "",
         "message": "",
-        "ended": None,
         "cluster": f"support-a{attempt}-raycluster",
         "cluster_trouble": "",
     }

@@ -152,7 +152,7 @@ def test_success_is_recorded_before_anything_is_released() -> None:
 
 
 def test_a_result_is_read_from_storage_when_the_head_is_gone() -> None:
-    ended = ray_job(deployment="Complete", outcome="SUCCEEDED", ended=NOW - 5)
+    ended = ray_job(deployment="Complete", outcome="SUCCEEDED")
     gone = training(attempts={1: ended}, pods=[], report=None)
     first = at(gone)
     assert first.status.phase == "Finishing"
@@ -167,9 +167,9 @@ def test_a_result_is_read_from_storage_when_the_head_is_gone() -> None:
 
 
 def test_a_living_head_is_asked_before_storage_is() -> None:
-    ended = ray_job(deployment="Complete", outcome="SUCCEEDED", ended=NOW - 5)
-    assert at(training(attempts={1: ended})).actions == ()
-    assert at(training(attempts={1: ended}), NOW + 30).actions == (MakeResult(1),)
+    ended = ray_job(deployment="Complete", outcome="SUCCEEDED")
+    assert at(training(attempts={1: ended}, ended=NOW)).actions == ()
+    assert at(training(attempts={1: ended}, ended=NOW), NOW + 30).actions == (MakeResult(1),)
 
 
 def test_a_failed_attempt_is_recorded_then_released_then_followed_by_the_next() -> None:

@@ -35,6 +35,7 @@ class World(RuleBasedStateMachine):
         self.pods: list[Pod] = []
         self.made: list[int] = []
         self.serial = 0
+        self.ended: float | None = None
         self.deleted = False
         if trains:  # much of what can happen needs a running attempt
             self.status = prepared()
@@ -57,6 +58,7 @@ class World(RuleBasedStateMachine):
             report=report(running.attempt, step=self.serial) if running and heads else None,
             report_time=self.now,
             head_lost=self.now - 60 if running and not heads else None,
+            ended=self.ended,
         )
 
     @rule(seconds=st.sampled_from([1, 10, 60, 60, 600]))
@@ -184,8 +186,8 @@ class World(RuleBasedStateMachine):
             deployment=state,
             outcome=outcome,
             suspended=state == "Suspended",
-            ended=self.now if state in ("Complete", "Failed") else None,
         )
+        self.ended = self.now if state in ("Complete", "Failed") else None
         if state == "Running" and self.attempts[number].deleting is None:
             self.serial += 1
             roles = ("head", "worker")

@@ -210,7 +210,7 @@ _failure = st.builds(
 _ray_job = st.builds(
     RayJob, name=_name, uid=_name, attempt=st.integers(1, 3), created=st.just(0.0), deleting=_time,
     foreign=st.booleans(), suspended=st.booleans(), deployment=_text, outcome=_text, reason=_text, message=_text,
-    ended=_time, cluster=_name, cluster_trouble=_text,
+    cluster=_name, cluster_trouble=_text,
 )  # fmt: skip
 _batch_job = st.builds(
     BatchJob, name=_name, uid=_name, created=st.just(0.0), deleting=_time, foreign=st.booleans(),
