@@ -54,6 +54,24 @@ def test_rows_in_a_bucket_give_the_shards_of_local_rows(tmp_path: Path, model: P
     assert [source.uri for source in remote.manifest.sources] == ["s3://data/rows/a.jsonl", "s3://data/rows/b.jsonl.gz"]
 
 
+def test_folders_of_code_in_a_bucket_give_the_shards_of_local_ones(
+    tmp_path: Path, model: Path, server: S3Server
+) -> None:
+    for repository in ("one", "two"):
+        folder = server.root / "data" / "code" / repository / "package"
+        folder.mkdir(parents=True)
+        for name in ("__init__.py", "b.py", "a.go"):
+            (folder / name).write_text(f"{repository} = '{name}'\n" * 3)
+    data = {"fim": {"rate": 0}, "deduplicate": "none", "packing": False}
+    for work, root in (("remote", "s3://data/code"), ("local", (server.root / "data" / "code").as_uri())):
+        sources = [{"uri": f"{root}/{name}/", "format": "code"} for name in ("one", "two")]
+        prepared = Prepared(run_config(tmp_path, model, data | {"train": sources}, work=work))
+        assert [source.rows for source in prepared.manifest.sources] == [3, 3]
+        assert prepared.manifest.splits.train.documents == 2, "one for each repository"
+    shards = [(tmp_path / work / "prepared" / "train-00000.arrow").read_bytes() for work in ("remote", "local")]
+    assert shards[0] == shards[1]
+
+
 def _refused(folder: Path, model: Path, uri: str) -> StorageError:
     with pytest.raises(StorageError) as caught:
         prepare(run_config(folder, model, {"train": [{"uri": uri}]}), workers=0)

@@ -28,8 +28,8 @@ _HEAD: Final = 4096  # characters in which a file names its licence
 
 def language_of(path: str) -> str | None:
     """The language of a file by its name; None for what is not known to be code."""
-    name = PurePosixPath(path).name
-    return _NAMED.get(name) or _LANGUAGES.get(name.rpartition(".")[2].lower())
+    name = PurePosixPath(path)
+    return _NAMED.get(name.name) or _LANGUAGES.get(name.suffix.lower().removeprefix("."))
 
 
 def license_of(text: str) -> str | None:

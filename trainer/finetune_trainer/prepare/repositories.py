@@ -35,7 +35,9 @@ def join_repositories(collection: Collection, documents: Numbers, capacity: int)
     starts = np.flatnonzero(np.append(True, documents[1:] != documents[:-1]))
     time = np.arange(len(documents)) - np.repeat(starts, np.diff(np.append(starts, len(documents))))
     members = np.flatnonzero(~alone)
-    members = members[np.lexsort((time[members], repositories[members]))]
+    # In the order in which they first come: their hashes depend on where the files lie, the shards must not.
+    _, first, which = np.unique(repositories[members], return_index=True, return_inverse=True)
+    members = members[np.lexsort((time[members], first[which]))]
     changes = np.flatnonzero(np.diff(repositories[members]) | (np.diff(time[members]) != 0)) + 1
     found, counts = [documents[alone]], [ones[alone]]
     for group in np.split(members, changes):
