@@ -185,9 +185,10 @@ class Attempt:
         if not self.script.mute:
             application = web.Application()
             application.router.add_get("/progress", self._report)
-            self._progress = web.AppRunner(application, access_log=None)
-            await self._progress.setup()
-            await web.TCPSite(self._progress, self.pod("head").ip, PROGRESS_PORT).start()
+            runner = web.AppRunner(application, access_log=None)
+            await runner.setup()
+            self._progress = runner
+            await web.TCPSite(runner, self.pod("head").ip, PROGRESS_PORT).start()
         await self._drive()
 
     async def _report(self, _: web.Request) -> web.Response:
@@ -226,5 +227,6 @@ class Attempt:
         self.head_ready.clear()
         if self._driver:
             self._driver.cancel()
-        if self._progress:
-            await self._progress.cleanup()
+        runner, self._progress = self._progress, None
+        if runner:
+            await runner.cleanup()

@@ -79,6 +79,7 @@ class Life:
 
     Attributes:
         failures: reasons in status.failures at the end.
+        later: how its spec is changed when it has a checkpoint.
         hasty: it belongs to the operator with a short deadline for starts.
     """
 
@@ -89,6 +90,7 @@ class Life:
     reason: str
     failures: Sequence[str] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
+    later: Mapping[str, Any] = field(default_factory=dict)
     hasty: bool = False
 
 
@@ -98,11 +100,16 @@ def _again(name: str, story: str, reason: str, fault: Fault, **more: Any) -> Lif
 
 
 def _final(name: str, story: str, reason: str, script: Script, hasty: bool = False, **fields: Any) -> Life:
-    return Life(story, name, script, "Failed", reason, [reason], fields, hasty)
+    return Life(story, name, script, "Failed", reason, [reason], fields, hasty=hasty)
+
+
+def _limited(name: str, story: str, reason: str, **limits: Any) -> Life:
+    """A job that would go on for ever gets a limit that it has reached already."""
+    script = Script(attempts=(Training(steps=ENDLESS),))
+    return Life(story, name, script, "Failed", reason, [reason], later={"limits": limits})
 
 
 _NOTICE: Final = 2.0  # a worker that is taken away drains first
-_ENDLESS = Script(attempts=(Training(steps=ENDLESS),))
 _GATES: Final[Mapping[str, Any]] = {
     "data__evaluationFraction": 0.1,
     "evaluation__gates": [{"metric": "evalLoss", "max": 1}],
@@ -133,8 +140,8 @@ LIVES: Final[Sequence[Life]] = (
     _again("node", "a worker's node is lost", "Node", node_lost, own_node=True),
     _again("network", "workers lose each other and every pod is well", "Network", tells("Network", LOST_PEER)),
     _again("segfault", "the driver dies without a word", "Unknown", segmentation_fault),
-    _final("late", "the job's deadline passes", "DeadlineExceeded", _ENDLESS, limits__activeDeadline="40s"),
-    _final("dear", "the job reaches its cost limit", "CostExceeded", _ENDLESS, limits__maxCost=0.03),
+    _limited("late", "the job's deadline passes", "DeadlineExceeded", activeDeadline="2s"),
+    _limited("dear", "the job reaches its cost limit", "CostExceeded", maxCost=0.01),
     _final("gate", "an evaluation gate is missed", "GateMissed",
            Script(attempts=(Training(gates_missed=True),)), **_GATES),
     Life("all goes well", "good", Script(), "Complete", "Complete"),

@@ -104,6 +104,9 @@ def test_an_ended_job_is_deleted_when_its_time_to_live_is_over(here: World) -> N
 
 @pytest.mark.parametrize("life", LIVES, ids=[life.name for life in LIVES])
 def test_a_job_ends_as_it_should_and_says_why(here: World, life: Life) -> None:
+    if life.later:
+        here.wait(life.name, lambda status: status.get("checkpoint"))
+        here.patch(life.name, dict(life.later))
     status = here.finished(life.name, namespace(here, life))
     assert (status["phase"], status["reason"]) == (life.phase, life.reason), as_text(status)
     assert [each["reason"] for each in status.get("failures", [])] == list(life.failures), as_text(status)
