@@ -26,6 +26,7 @@ _DEBUG: Final = "FINETUNE_DEBUG"
 # Said by `finetune --help` without loading the commands themselves.
 _ABOUT: Final = {
     "run": "Finetune on this machine: prepare, train, compare, write weights and a report.",
+    "plan": "Show what a job needs before anything is spent: memory, time, cost.",
     "prepare": "Check the rows and turn them into token sequences.",
     "train": "Train on prepared rows.",
     "report": "Write the report of a finished run again.",

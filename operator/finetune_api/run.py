@@ -6,7 +6,7 @@ from typing import Final
 
 from pydantic import Field
 
-from finetune_api.base import Model, ShortText, Uri
+from finetune_api.base import Count, Model, Money, ShortText, Uri
 from finetune_api.job import FinetuneJobSpec
 
 RUN_FILE: Final = "run.json"
@@ -23,6 +23,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+class Device(Model):
+    """One GPU of the workers, as far as it is known before any is taken; the plan uses it."""
+
+    memory_bytes: Count | None = Field(None, description="Its memory, in bytes.")
+    product: ShortText | None = Field(None, description="Its product name, such as NVIDIA-H200.")
+    price_per_hour: Money | None = Field(None, description="Its price for an hour.")
+    currency: ShortText = Field("USD", description="The price's currency.")
+
+
 class RunConfig(Model):
     """One run of a job. Stages read it from `<work>/run.json`."""
 
@@ -32,3 +41,4 @@ class RunConfig(Model):
     base_dir: str = Field(description="Folder that relative paths in the spec start from, and must not leave.")
     model_path: str = Field(description="Local folder with the base model, resolved from spec.model.source.")
     work: Uri = Field(description="Work folder of this run (local path here; object storage in a cluster).")
+    device: Device | None = Field(None, description="The workers' GPU. Absent on CPUs and where it is not known.")

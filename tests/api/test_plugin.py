@@ -164,10 +164,10 @@ def test_the_plan_is_that_of_prepare(plugin: Run, make: MakeJob) -> None:
     assert json.loads(plugin("plan", NAME, "-o", "json").stdout) == cases.PLAN
 
 
-def test_a_file_is_not_planned_but_refused(plugin: Run) -> None:
+def test_a_file_is_planned_by_another_command(plugin: Run) -> None:
     done = plugin("plan", "job.yaml")
     assert done.returncode == 1
-    assert "a file cannot be planned before it is applied" in done.stderr
+    assert "`finetune plan job.yaml` plans a file" in done.stderr
 
 
 # What goes wrong.

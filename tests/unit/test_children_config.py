@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from finetune_api.errors import SpecError
-from finetune_api.run import RunConfig
+from finetune_api.run import Device, RunConfig
 from finetune_operator.children.config import run_config_map, work_uri
 from tests.unit.children_cases import JOBS, OWNER, job, runtime
 
@@ -16,6 +16,19 @@ def test_a_pod_reads_the_job_as_it_was_validated() -> None:
         run = RunConfig.model_validate_json(text)
         assert run.spec == spec
         assert (run.name, run.uid, run.base_dir) == (OWNER.name, OWNER.uid, "/")
+
+
+def test_a_pod_knows_the_gpu_that_workers_get() -> None:
+    on = runtime(
+        accelerator={"memoryBytes": 80 << 30, "pricePerHour": 3.0, "currency": "EUR"},
+        nodeSelector={"nvidia.com/gpu.product": "NVIDIA-H100"},
+    )
+    gpus, cpus = (
+        RunConfig.model_validate_json(run_config_map(OWNER, spec, on, "prepare", None)["data"]["run.json"]).device
+        for spec in (job(workers={"count": 1, "gpusEach": 1}), job(workers={"count": 1, "gpusEach": 0}))
+    )
+    assert gpus == Device(memory_bytes=80 << 30, product="NVIDIA-H100", price_per_hour=3.0, currency="EUR")
+    assert cpus is None
 
 
 def test_each_attempt_has_its_own_run_file() -> None:

@@ -8,7 +8,7 @@ from finetune_api.job import FinetuneJobSpec
 
 
 def zero_stage(spec: FinetuneJobSpec, world_size: int) -> int:
-    """The ZeRO stage: as given; `auto` shards gradients and optimizer states.
+    """The ZeRO stage: as given; `auto` shards gradients and optimizer states. (On GPUs `planning` decides `auto`.)
 
     In bf16 and fp16 so also on one worker, since without ZeRO gradients would add up in that precision.
     """

@@ -18,6 +18,8 @@ from finetune_trainer.deepspeed_config import deepspeed_config
 from finetune_trainer.distributed import World
 from finetune_trainer.loss import LanguageModelLoss
 from finetune_trainer.model import load_model, optimizer_groups
+from finetune_trainer.planning import planned_stage
+from finetune_trainer.weights import on_rank_0
 
 _LOGITS_ERROR: Final = 2**-6  # a unit in bfloat16's last place or two; scaled or bounded logits differ by far more
 
@@ -35,6 +37,10 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
     if spec.training.precision == "fp16" and world.device.type == "cpu":
         raise SpecError("fp16 needs a GPU", where="spec.training.precision", hint="use bf16 or fp32 on CPUs")
     _silence()
+    if spec.deepspeed.zero_stage == "auto" and world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        stage = on_rank_0(world, lambda: planned_stage(model_path, spec, world.size, memory))
+        spec = spec.model_copy(update={"deepspeed": spec.deepspeed.model_copy(update={"zero_stage": stage})})
     deepspeed = _import_deepspeed(world)
     config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda")
     stage = config["zero_optimization"]["stage"]

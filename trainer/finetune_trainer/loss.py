@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from finetune_trainer.batches import MicroBatch
 from finetune_trainer.weights import inner_model
 
-# Of one chunk's float32 logits: small enough for a CPU's cache, large enough to keep a GPU busy.
+# Of one chunk's float32 logits: small enough for a CPU's cache, large enough to keep a GPU busy. The planner computes
+# with tensors of the device "meta", which have shapes only, and says which one it means.
 _CHUNK_BYTES: Final = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
@@ -26,9 +27,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, learn: bool
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        learn: bool,
+        device_type: str | None = None,
     ) -> Tensor:
-        rows = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * matrix.shape[0]))
+        rows = max(1, _CHUNK_BYTES[device_type or hidden.device.type] // (4 * matrix.shape[0]))
         needs = [learn and t is not None and t.requires_grad for t in (hidden, matrix, bias)]
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_matrix = torch.zeros_like(matrix, dtype=torch.float32) if needs[1] else None
@@ -60,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [g if g is None else g.mul_(scale) for g in ctx.gradients]
         ctx.gradients = None
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 class _OutputLayer(nn.Module):
@@ -70,9 +78,10 @@ class _OutputLayer(nn.Module):
     told to gather its weight around this module's forward and backward too.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, device_type: str | None) -> None:
         super().__init__()
         self._linear = (linear,)
+        self._device_type = device_type
 
     @property
     def linear(self) -> nn.Linear:
@@ -80,7 +89,7 @@ class _OutputLayer(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         total: Tensor = _LinearCrossEntropy.apply(
-            hidden, self.linear.weight, self.linear.bias, targets, weights, torch.is_grad_enabled()
+            hidden, self.linear.weight, self.linear.bias, targets, weights, torch.is_grad_enabled(), self._device_type
         )
         return total
 
@@ -93,13 +102,14 @@ class LanguageModelLoss(nn.Module):
 
     Args:
         model: from transformers, or a PEFT model around one.
+        device_type: the device that it is made for; by default the one that it is on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device_type: str | None = None) -> None:
         super().__init__()
         self.model = model
         head = inner_model(model).get_output_embeddings()
-        self.output = _OutputLayer(head) if type(head) is nn.Linear else None
+        self.output = _OutputLayer(head, device_type) if type(head) is nn.Linear else None
         self.fused = self.output is not None
 
     def forward(self, batch: MicroBatch, *, logits_error: bool = False) -> Tensor:

@@ -8,18 +8,20 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from finetune_api.errors import Interrupted, SpecError, StorageError
+from finetune_api.errors import Interrupted, ModelError, SpecError, StorageError
 from finetune_api.files import load_job
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.result import Result
-from finetune_api.run import CHECKPOINTS, METRICS_FILE, RUN_FILE, RunConfig
+from finetune_api.run import CHECKPOINTS, METRICS_FILE, PREPARED, RUN_FILE, Device, RunConfig
 from finetune_trainer import storage
 from finetune_trainer.finish import Price, finish
 from finetune_trainer.manifest import Manifest, write_json
+from finetune_trainer.planning import PLAN_FILE, JobPlan, plan
 from finetune_trainer.prepare import prepare
 from finetune_trainer.progress import Display, TrainingStatus, count
 from finetune_trainer.ray_adapter import train_with_ray
@@ -62,7 +64,11 @@ def open_run(file: Path, work: Path | None, *, fresh: bool) -> Iterator[RunConfi
 
 
 def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bool]) -> Manifest:
-    """Rows become shards."""
+    """Rows become shards, with a plan of the run beside them.
+
+    Raises:
+        SpecError: the job does not fit its GPUs.
+    """
     with display.stage("prepare") as stage:
 
         def progress(done: float, total: float, what: str) -> None:
@@ -70,12 +76,27 @@ def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bo
                 raise Interrupted("stopped while preparing the rows", hint="The same command begins this stage again.")
             stage.update(what, done, total)
 
+        stage.update("plan the run")
+        planned = _plan(run)
         manifest = prepare(run, progress)
+        if planned:
+            write_json(Path(run.work) / PREPARED / PLAN_FILE, replace(planned, manifest=manifest).as_json())
         train = manifest.splits.train
         stage.summary = (
             f"{count(train.documents)} documents, {count(train.tokens)} tokens in {count(train.sequences)} sequences"
         )
     return manifest
+
+
+def _plan(run: RunConfig) -> JobPlan | None:
+    """The plan before the rows are known; None when what is wrong with the model is better said by `prepare`."""
+    try:
+        planned = plan(run.spec, Path(run.model_path), run.device or Device())
+    except ModelError:
+        return None
+    if not planned.fits:
+        raise planned.refusal()
+    return planned
 
 
 def train_stage(

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from finetune_api.errors import SpecError
 from finetune_api.job import FinetuneJobSpec
-from finetune_api.run import RunConfig
+from finetune_api.run import Device, RunConfig
 from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_api.stage import CA_PATH, MODEL_PATH, RUN_PATH
 from finetune_operator.children.names import attempt_suffix, run_config_name
@@ -15,6 +15,7 @@ from finetune_operator.children.owner import Manifest, Owner, child_metadata
 
 RUN_KEY: Final = PurePosixPath(RUN_PATH).name
 CA_KEY: Final = PurePosixPath(CA_PATH).name
+_PRODUCT: Final = "nvidia.com/gpu.product"  # the label that NVIDIA's feature discovery gives nodes
 _MAX_BYTES: Final = 1 << 20  # of all values together: the API server's limit
 
 
@@ -43,6 +44,7 @@ def run_config_map(
         base_dir="/",
         model_path=MODEL_PATH,
         work=work_uri(owner, spec, runtime),
+        device=_device(runtime) if spec.workers.gpus_each else None,
     )
     data = {RUN_KEY: run.model_dump_json(exclude_none=True)} | ({CA_KEY: ca} if ca is not None else {})
     size = sum(len(text.encode()) for text in data.values())
@@ -56,6 +58,16 @@ def run_config_map(
     stage: Literal["prepare", "train"] = "prepare" if attempt is None else "train"
     metadata = child_metadata(owner, runtime, run_config_name(owner.name, suffix), stage, attempt)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def _device(runtime: FinetuneRuntimeSpec) -> Device:
+    accelerator = runtime.accelerator
+    return Device(
+        memory_bytes=accelerator.memory_bytes,
+        product=runtime.node_selector.get(_PRODUCT),
+        price_per_hour=accelerator.price_per_hour,
+        currency=accelerator.currency,
+    )
 
 
 def work_uri(owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSpec) -> str:

@@ -256,8 +256,8 @@ def cancel(job: str, yes: bool, **where: Any) -> None:
 def plan(job: str, output: str | None, **where: Any) -> None:
     """Show what a job will need, as its prepare stage found out: steps, tokens, memory, time, cost."""
     if job.endswith((".yaml", ".yml", ".json")) or "/" in job:
-        hint = f"`finetune validate {job}` checks the file; after kubectl apply, `kubectl finetune plan NAME` works"
-        raise FinetuneError("a file cannot be planned before it is applied: the planner is not there yet", hint=hint)
+        hint = f"`finetune plan {job}` plans a file, and needs no cluster; here, give the name of a job"
+        raise FinetuneError("this command shows the plan of a job in the cluster, not of a file", hint=hint)
     from finetune_operator.plugin.view import plan_view
 
     shown = _read(_connect(where), job)
