@@ -43,7 +43,8 @@ def reference(kind: Kind) -> str:
 
 def exit_codes() -> str:
     """The Markdown page of the exit codes, from the error tree."""
-    kinds: list[type[errors.FinetuneError]] = [errors.FinetuneError, *errors.FinetuneError.__subclasses__()]
+    named = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in named if issubclass(kind, errors.FinetuneError)]
     rows = [
         ("0", "", "Done."),
         *((str(kind.exit_code), f"`{kind.__name__}`", _meaning(kind.__name__)) for kind in kinds),

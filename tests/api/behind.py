@@ -50,5 +50,5 @@ def made_by_operators(cluster: Cluster) -> Mapping[str, Sequence[Object]]:
         about, good = event.get("objectRef") or {}, event["responseStatus"]["code"] == 201
         if good and event["userAgent"] == FIELD_MANAGER and about["resource"] not in ("events", "leases"):
             # A patch that made something has no content here; that it is there at all makes a comparison fail.
-            made[about["namespace"]].append(event.get("requestObject") or about)
+            made[about.get("namespace", "")].append(event.get("requestObject") or about)
     return made
