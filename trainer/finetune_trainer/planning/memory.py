@@ -138,7 +138,8 @@ def _buffers(sizes: Sizes, precision: str, zero: dict[str, Any], stage: int, wor
         return int(both) + (sizes.per_value * max(sizes.sizes) if offloaded else 0)
     gathered = 0
     if world_size > 1 or zero.get("offload_param"):
-        # Parameters stay while they will be used again within this many others, or as long as there is room.
+        # Parameters stay while they will be used again within this many others, or as long as there is room. Those that
+        # are gathered ahead lie twice: as they came from the workers, and put together.
         live = max(zero.get("stage3_max_live_parameters", _LIVE), zero.get("stage3_max_reuse_distance", _LIVE))
-        gathered = min(sizes.total, live + zero.get("stage3_prefetch_bucket_size", _PREFETCH))
+        gathered = sum(min(sizes.total, most) for most in (live, zero.get("stage3_prefetch_bucket_size", _PREFETCH)))
     return int(bucket + sizes.per_value * gathered)
