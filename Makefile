@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	done; echo python3)
 BIN := .venv/bin
 QUICKSTART := examples/01-quickstart
+PYTEST := $(BIN)/pytest --durations=15
 
 .PHONY: help
 help: ## List these targets
@@ -22,9 +23,10 @@ quickstart: setup ## Set up, then finetune a small real model and report what ch
 	$(BIN)/python $(QUICKSTART)/make_data.py $(QUICKSTART)/data
 	$(BIN)/finetune run $(QUICKSTART)/job.yaml
 
+# The api tier comes by itself and one test at a time: it has promises in seconds, and training takes every core.
 .PHONY: test
 test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=15 $(ARGS)
+	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) --numprocesses=2 --dist=loadfile tests/unit tests/trainer && $(PYTEST) tests/api)
 
 .PHONY: setup
 setup: ## Install the locked environment into .venv (ACCELERATOR=cuda or cpu overrules what is found)

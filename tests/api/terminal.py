@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import threading
 
@@ -21,6 +22,8 @@ class Terminal:
             stderr=theirs,
             env=environment | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
             start_new_session=True,
+            # Tests that run in the background ignore Ctrl-C, and a program would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
         self._reader = threading.Thread(target=self._read)
