@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.ports import free_port
 from tests.tools.build import build
 
 _START_SECONDS: Final = 60
@@ -31,9 +32,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     root, attributes = folder / "buckets", folder / "attributes"
     root.mkdir()
     attributes.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     access, secret = "finetune-test", "finetune-test-secret"
     server = subprocess.Popen(
         [

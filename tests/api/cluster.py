@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from typing import Final
 import urllib3
 
 from tests.api.objects import Api, Object, Refused, eventually
+from tests.ports import free_port
 from tests.tools.build import build
 
 CRDS: Final = Path(__file__).parents[2] / "manifests" / "crds"
@@ -141,7 +141,7 @@ def cluster(folder: Path, *, ray: bool = True) -> Iterator[Cluster]:
     """
     etcd, kubernetes, kuberay = (build(module) for module in ("etcd", "kubernetes", "kuberay"))
     folder.mkdir(parents=True, exist_ok=True)
-    etcd_port, port, ray_proxy_port = _free_ports(3)
+    etcd_port, port, ray_proxy_port = free_port(), free_port(), free_port()
     c = Cluster(
         folder=folder,
         kubeconfig=folder / "admin.kubeconfig",
@@ -241,14 +241,6 @@ def _ready(api: Api) -> bool:
         return bool(api.request("GET", "/readyz")["text"] == "ok")
     except (Refused, urllib3.exceptions.HTTPError):
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _etcd_flags(folder: Path, port: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import urllib3
 
 from tests.api.cluster import TIED, Cluster
 from tests.api.objects import eventually
+from tests.ports import free_port
 
 QUICK: Final = {"progress-interval": "1s", "progress-timeout": "2s", "request-timeout": "5s"}
 
@@ -24,9 +24,7 @@ class Operator:
 
     def __init__(self, kubeconfig: Path, log: Path, flags: Sequence[str]) -> None:
         self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._health = f"127.0.0.1:{free.getsockname()[1]}"
+        self._health = f"127.0.0.1:{free_port()}"
         self._command = [
             *(*TIED, sys.executable, "-m", "finetune_api", "operator", f"--kubeconfig={kubeconfig}"),
             *(f"--health-bind-address={self._health}", "--metrics-bind-address=127.0.0.1:0", *flags),

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import urllib3
 import yaml
 
 from finetune_trainer.reporter import read_metrics
+from tests.ports import free_port
 from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.timeout(400)
@@ -160,9 +160,7 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on_to_the_same_weights(
 
 
 def test_a_run_serves_its_progress_and_sigterm_checkpoints_too(project: Project) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = project.start("--metrics-port", str(port))
     project.wait_for_step(2, process)
     progress = urllib3.request("GET", f"http://127.0.0.1:{port}/progress").json()
