@@ -115,7 +115,7 @@ class Kubelet:
     async def exchange(
         self, verb: str, path: str, body: object = None, kind: str = "application/json", *, may_fail: bool = False
     ) -> Json | None:
-        """Asks the API server; None when the object is gone or has changed, and with `may_fail` at any refusal.
+        """Asks the API server; None when the object is going or has changed, and with `may_fail` at any refusal.
 
         Raises:
             RuntimeError: the API server refused.
@@ -123,7 +123,8 @@ class Kubelet:
         data = None if body is None else json.dumps(body)
         async with self._session.request(verb, path, data=data, headers={"Content-Type": kind}) as answer:
             text = await answer.text()
-        if answer.status in (404, 409) or (may_fail and answer.status >= 400):
+        leaving = answer.status == 403 and "being terminated" in text  # its namespace is, and it with that
+        if answer.status in (404, 409) or leaving or (may_fail and answer.status >= 400):
             return None
         if answer.status >= 400:
             raise RuntimeError(f"{verb} {path}: {answer.status}: {text}")
