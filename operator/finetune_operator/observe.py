@@ -199,7 +199,11 @@ def format_time(seconds: float) -> str:
 
 
 def read_job(manifest: Json) -> Job:
-    """A FinetuneJob; a status that is not ours is read as an empty one."""
+    """A FinetuneJob. Fields of its status that only a newer operator knows are left out.
+
+    Raises:
+        ValidationError: the status cannot be read; who took it for an empty one would begin the job anew.
+    """
     metadata = manifest["metadata"]
     spec, problem = None, ""
     if depth_of(manifest["spec"]) >= MAX_DEPTH:
@@ -209,10 +213,8 @@ def read_job(manifest: Json) -> Job:
             spec = FinetuneJobSpec.model_validate(manifest["spec"], by_alias=True, by_name=False)
         except ValidationError:
             problem = _problem(manifest)
-    try:
-        status = FinetuneJobStatus.model_validate(manifest.get("status") or {}, by_alias=True, by_name=False)
-    except ValidationError:
-        status = FinetuneJobStatus()
+    written = manifest.get("status") or {}
+    status = FinetuneJobStatus.model_validate(written, extra="ignore", by_alias=True, by_name=False)
     return Job(
         name=metadata["name"],
         namespace=metadata["namespace"],

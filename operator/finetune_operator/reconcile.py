@@ -6,6 +6,7 @@ import hashlib
 from typing import Any, Final
 
 import structlog
+from pydantic import ValidationError
 
 from finetune_api.status import FinetuneJobStatus
 from finetune_operator.actions import Action, Event, MakeAttempt, MakePrepare, MakeResult
@@ -25,6 +26,7 @@ from finetune_operator.stuck import stuck
 
 REFUSED_SECONDS: Final = 5.0  # until a refused child is tried again; doubled each time
 REFUSED_LIMIT: Final = 120.0
+UNREADABLE_SECONDS: Final = 300.0  # between two complaints about a status
 SOON: Final = 0.2  # until a decision on something outdated is taken again
 
 log = structlog.get_logger()
@@ -60,7 +62,12 @@ class JobReconciler:
         if manifest is None or "deletionTimestamp" in manifest["metadata"]:
             self._memories.pop(key, None)
             return await self._clean_up(key)
-        job = read_job(manifest)
+        try:
+            job = read_job(manifest)
+        except ValidationError as error:
+            fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors()})
+            log.error("status cannot be read, so nothing is done; was it written by a newer operator?", fields=fields)
+            return UNREADABLE_SECONDS
         memory = self._memories.setdefault(key, Memory())
         now = self._clock.now()
         observed = await self._observer.look(job, memory, now)
