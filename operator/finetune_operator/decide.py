@@ -220,12 +220,9 @@ def _start(draft: Draft, name: str, action: Action, there: BatchJob | RayJob | N
     elif draft.now < due:
         draft.say(phase, "Retrying", f"The next try is at {format_time(due)}. {last_failure(draft)}".strip())
         draft.wake(due - draft.now)
-    elif refused and draft.now < refused.until:
+    elif refused:
         draft.say("Pending", refused.block.reason, refused.block.message)
-        draft.wake(refused.until - draft.now)
+        draft.try_again(refused, action)
     else:
-        if refused:
-            draft.say("Pending", refused.block.reason, refused.block.message)
-        else:
-            draft.say(phase, "Starting", f"Starts {name}.")
+        draft.say(phase, "Starting", f"Starts {name}.")
         draft.act(action)

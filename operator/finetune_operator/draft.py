@@ -9,7 +9,7 @@ from finetune_api.stage import ProgressReport
 from finetune_api.status import Attempts, Condition, Phase
 from finetune_operator.accounting import Cause, account
 from finetune_operator.actions import Action, Decision, Event
-from finetune_operator.observe import Observed, format_time, parse_time
+from finetune_operator.observe import Observed, Refused, format_time, parse_time
 from finetune_operator.wording import sentence
 
 # Reasons for not running that are nothing to warn of: an event of its own has told of what is retried.
@@ -117,6 +117,13 @@ class Draft:
 
     def act(self, action: Action) -> None:
         self.actions.append(action)
+
+    def try_again(self, refused: Refused, action: Action) -> None:
+        """Does what the cluster refused, when its pause is over."""
+        if self.now < refused.until:
+            self.wake(refused.until - self.now)
+        else:
+            self.act(action)
 
     def wake(self, seconds: float) -> None:
         """Look again after so many seconds at the latest."""

@@ -156,10 +156,8 @@ def _finish(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
 
 
 def _read_from_storage(draft: Draft, name: str, attempt: int) -> None:
-    refused = draft.observed.refused.get(name)
-    if refused:
+    if refused := draft.observed.refused.get(name):
         draft.say("Finishing", refused.block.reason, refused.block.message)
-        if draft.now < refused.until:
-            draft.wake(refused.until - draft.now)
-            return
-    draft.act(MakeResult(attempt))
+        draft.try_again(refused, MakeResult(attempt))
+    else:
+        draft.act(MakeResult(attempt))

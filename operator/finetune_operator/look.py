@@ -94,6 +94,7 @@ class Observer:
         prepare, result = jobs.get(prepare_name(job.name)), jobs.get(result_name(job.name))
         attempts = self.attempts(key, job.uid)
         lost: frozenset[str] = frozenset()
+        there = {pod.uid for pod in pods}
         live = attempts.get(job.status.attempt or 0) if job.status.completion_time is None else None
         if live:
             _remember(live.attempt, pods, memory)
@@ -119,7 +120,7 @@ class Observer:
             head_lost=memory.head_lost,
             ended=memory.ended if live else None,
             lost_nodes=lost,
-            gone=[pod for uid, pod in memory.pods.items() if uid not in {pod.uid for pod in pods}],
+            gone=[pod for uid, pod in memory.pods.items() if uid not in there],
         )
 
     def pods(self, key: Key, runtime: FinetuneRuntimeSpec | None) -> list[Pod]:
@@ -253,7 +254,6 @@ def _remember(attempt: int, pods: Sequence[Pod], memory: Memory) -> None:
 
 def _stuck(live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], now: float) -> str:
     """UID of the child whose events say why the current stage has not started; empty when it has, or says so itself."""
-    stages = {"train": live} if live and live.deployment != "Running" else {}
     waiting = [
         pod
         for pod in pods
@@ -263,7 +263,7 @@ def _stuck(live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], n
         pod = waiting[0]
         silent = pod.waiting is None and pod.unschedulable is None
         return pod.uid if silent and now - pod.created > PATIENCE_SECONDS else ""
-    child = stages.get("train") or (jobs[0] if jobs else None)
+    child = live if live and live.deployment != "Running" else jobs[0] if jobs else None
     if child is None or now - child.created <= PATIENCE_SECONDS:
         return ""
     stage = "train" if child is live else "prepare"
