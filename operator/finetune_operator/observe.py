@@ -138,8 +138,6 @@ class Job:
     uid: str
     generation: int
     resource_version: str
-    created: float
-    deleting: bool
     spec: FinetuneJobSpec | None
     problem: str
     status: FinetuneJobStatus
@@ -221,8 +219,6 @@ def read_job(manifest: Json) -> Job:
         uid=metadata["uid"],
         generation=metadata.get("generation", 0),
         resource_version=metadata["resourceVersion"],
-        created=_time(metadata["creationTimestamp"]),
-        deleting="deletionTimestamp" in metadata,
         spec=spec,
         problem=problem,
         status=status,

@@ -47,8 +47,6 @@ def observed(**fields: Any) -> Observed:
         uid="job-uid",
         generation=1,
         resource_version="7",
-        created=NOW - 60,
-        deleting=False,
         spec=fields.pop("spec", None) or job_spec(),
         problem="",
         status=fields.pop("status", None) or FinetuneJobStatus(),
