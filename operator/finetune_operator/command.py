@@ -38,13 +38,25 @@ class DurationType(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
+class NamesType(click.ParamType[tuple[str, ...]]):
+    """Names from a list with commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(name.strip() for name in value.split(",") if name.strip())
+
+
 DURATION: Final = DurationType()
+NAMES: Final = NamesType()
 
 
 @click.command(context_settings={"auto_envvar_prefix": PREFIX, "show_default": True})
 @click.option("--kubeconfig", metavar="FILE", help="Cluster to work on. In a pod: its service account's.")
 @click.option("--context", metavar="NAME", help="Context of the kubeconfig file, if not its current one.")
-@click.option("--namespaces", default="", metavar="A,B", help="Only jobs in these namespaces; empty: in all.")
+@click.option(
+    "--namespaces", default="", type=NAMES, metavar="A,B", help="Only jobs in these namespaces; empty: in all."
+)
 @click.option("--operator-namespace", metavar="NAME", help="Where the operator lives; in a pod its own.")
 @click.option("--leader-elect/--no-leader-elect", default=True, help="Let one of several replicas work.")
 @click.option("--lease-namespace", default="", metavar="NAME", help="Namespace of the Lease; empty: the operator's.")
@@ -53,6 +65,9 @@ DURATION: Final = DurationType()
 @click.option("--lease-duration", default="15s", type=DURATION, help="How long a lost leader is waited for.")
 @click.option("--metrics-bind-address", default=":8080", metavar="ADDRESS", help="Where /metrics is; 0: nowhere.")
 @click.option("--health-bind-address", default=":8081", metavar="ADDRESS", help="Where /healthz and /readyz are.")
+@click.option(
+    "--scraper-namespaces", default="", type=NAMES, metavar="A,B", help="Where Prometheus is that scrapes trainings."
+)
 @click.option("--concurrency", default=16, type=click.IntRange(1, 256), help="Jobs worked on at the same time.")
 @click.option("--progress-interval", default="10s", type=DURATION, help="Time between two looks at a training.")
 @click.option("--progress-timeout", default="3s", type=DURATION, help="How long a training may take to answer.")
@@ -64,18 +79,14 @@ DURATION: Final = DurationType()
 @click.option(
     "--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), help="Lowest level."
 )
-def operator(namespaces: str, operator_namespace: str | None, **values: Any) -> None:
+def operator(operator_namespace: str | None, **values: Any) -> None:
     """Watch FinetuneJobs and bring each to its end: prepare, train, finish.
 
     Durations are written like 90s, 30m or 1h30m. Every flag is also an environment variable: --log-level is
     FINETUNE_OPERATOR_LOG_LEVEL. SIGTERM ends the operator: what was begun is finished and the Lease is
     given up. Exit code 1 when the Lease is lost; Kubernetes then starts the pod again.
     """
-    settings = Settings(
-        namespaces=tuple(name.strip() for name in namespaces.split(",") if name.strip()),
-        operator_namespace=operator_namespace or _own_namespace(),
-        **values,
-    )
+    settings = Settings(operator_namespace=operator_namespace or _own_namespace(), **values)
     logs.set_up(settings.log_format, settings.log_level)
     from finetune_operator.reconcile import JobReconciler
 

@@ -110,7 +110,7 @@ class Controller:
         client.count = self.metrics.count_request
         if election:
             client.guard = election.guard
-        self.metrics.registry.register(JobCollector(self._exported))
+        self.metrics.registry.register(JobCollector(self._exported, self._cost_bounds))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set, then finishes what it has begun and gives the Lease up.
@@ -263,6 +263,12 @@ class Controller:
 
     def _exported(self) -> list[tuple[Key, JobSummary]]:
         return list(self.stores.jobs.summaries()) if self._leading else []
+
+    def _cost_bounds(self) -> dict[str, float]:
+        """The highest cost of a job in each runtime that bounds it."""
+        specs = {key[1]: (self.stores.runtimes.get(key) or {}).get("spec") or {} for key in self.stores.runtimes}
+        bounds = {name: (spec.get("limits") or {}).get("maxCost") for name, spec in specs.items()}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def _page(self) -> bytes:
         self.metrics.depth.set(len(self.queue))

@@ -125,7 +125,7 @@ def settings() -> str:
         if isinstance(option, click.Option)
     ]
     metrics = Metrics()
-    metrics.registry.register(JobCollector(list))
+    metrics.registry.register(JobCollector(list, dict))
     families = [
         (f"`{family.name}{'_total' if family.type == 'counter' else ''}`", family.type, family.documentation)
         for family in metrics.registry.collect()

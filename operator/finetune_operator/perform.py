@@ -92,7 +92,9 @@ class Performer:
         match action:
             case MakePrepare():
                 await self._configure(owner, job.spec, runtime, "prepare")
-                if policy := network_policy(owner, runtime, self._settings.operator_namespace):
+                if policy := network_policy(
+                    owner, runtime, self._settings.operator_namespace, self._settings.scraper_namespaces
+                ):
                     await self._put(NETWORK_POLICIES, policy, owner)
                 await self._create(JOBS, prepare_job(owner, job.spec, runtime))
             case MakeAttempt(number):

@@ -20,6 +20,7 @@ class Settings:
     lease_duration: float = 15
     metrics_bind_address: str = ":8080"
     health_bind_address: str = ":8081"
+    scraper_namespaces: tuple[str, ...] = ()  # whose pods may read the metrics of trainings, besides the operator's
     concurrency: int = 16
     log_format: str = "json"
     log_level: str = "info"

@@ -7,7 +7,7 @@ import pytest
 from finetune_operator.children.network import network_policy
 from tests.unit.children_cases import EVERYTHING, OWNER, Manifest, runtime
 
-POLICY = network_policy(OWNER, runtime(EVERYTHING), "finetune-system")
+POLICY = network_policy(OWNER, runtime(EVERYTHING), "finetune-system", ["monitoring"])
 SAME_JOB = {"finetune.dev/job": "support-chat", "finetune.dev/stage": "train"}
 NAME = "kubernetes.io/metadata.name"
 
@@ -41,6 +41,7 @@ def _selected(selector: Manifest, peer: Manifest) -> bool:
         ({"namespace": "team-a", "labels": {"finetune.dev/job": "another"}}, set()),
         ({"namespace": "team-b", "labels": SAME_JOB}, set()),
         ({"namespace": "finetune-system", "labels": {}}, {8090, 8080}),
+        ({"namespace": "monitoring", "labels": {}}, {8090, 8080}),
         ({"namespace": "ray", "labels": {"app.kubernetes.io/component": "kuberay-operator"}}, {8265}),
         ({"namespace": "ray", "labels": {}}, set()),
         ({"cidr": "0.0.0.0/0"}, set()),

@@ -31,9 +31,12 @@ def test_the_flags_defaults_are_the_settings_own() -> None:
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
-    names = tuple(name for name in values["namespaces"].split(",") if name)
     known = {field.name: values[field.name] for field in fields(Settings)}
-    return Settings(**known | {"namespaces": names, "operator_namespace": Settings.operator_namespace})
+    return Settings(**known | {"operator_namespace": Settings.operator_namespace})
+
+
+def test_names_are_written_with_commas() -> None:
+    assert parsed("--namespaces", "team-a, team-b,")["namespaces"] == ("team-a", "team-b")
 
 
 def test_every_flag_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,23 +104,39 @@ def test_a_log_line_names_the_job(log_format: str, own_logging: None, capsys: py
         assert "job=team/chat" in text
 
 
-def job(**status: Any) -> dict[str, Any]:
-    spec = {"runtimeRef": {"name": "h200"}, "method": {"objective": "sft", "tuning": "lora"}}
+def job(max_cost: float = 50, **status: Any) -> dict[str, Any]:
+    spec = {
+        "runtimeRef": {"name": "h200"},
+        "method": {"objective": "sft", "tuning": "lora"},
+        "workers": {"count": 2, "gpusEach": 8},
+        "limits": {"maxCost": max_cost},
+    }
     return {"metadata": {"name": "chat", "namespace": "team", "uid": "u"}, "spec": spec, "status": status}
 
 
 def test_jobs_are_exported_as_the_store_has_them() -> None:
     metrics = Metrics()
-    jobs = [
-        (("team", "chat"), summarize(job(phase="Training", cost={"spent": 12.5, "currency": "EUR"}))),
-        (("team", "new"), summarize(job())),
-    ]
-    metrics.registry.register(JobCollector(lambda: jobs))
+    running = job(
+        phase="Training",
+        cost={"spent": 12.5, "currency": "EUR"},
+        goodput={"trainingSeconds": 90, "lostSeconds": {"startup": 10, "preemption": 0}},
+        progress={"updatedTime": "2026-01-02T03:04:05Z"},
+        checkpoint={"time": "2026-01-02T03:00:00Z"},
+    )
+    jobs = [(("team", "chat"), summarize(running)), (("team", "new"), summarize(job(max_cost=20)))]
+    metrics.registry.register(JobCollector(lambda: jobs, lambda: {"h200": 40, "another": 1}))
     text = metrics.text().decode()
     assert 'finetune_jobs{namespace="team",phase="Training"} 1.0' in text
     assert 'finetune_jobs{namespace="team",phase="Pending"} 1.0' in text
     assert 'finetune_job_cost{currency="EUR",name="chat",namespace="team"} 12.5' in text
     assert text.count("finetune_job_info{") == 2
+    assert 'finetune_job_gpus{name="chat",namespace="team"} 16.0' in text
+    assert 'finetune_job_cost_limit{name="chat",namespace="team"} 40.0' in text, "the runtime's is lower"
+    assert 'finetune_job_cost_limit{name="new",namespace="team"} 20.0' in text
+    assert 'finetune_job_training_seconds{name="chat",namespace="team"} 90.0' in text
+    assert 'finetune_job_lost_seconds{cause="startup",name="chat",namespace="team"} 10.0' in text
+    assert 'finetune_job_progress_timestamp_seconds{name="chat",namespace="team"} 1.767323045e+09' in text
+    assert 'finetune_job_checkpoint_timestamp_seconds{name="chat",namespace="team"} 1.7673228e+09' in text
 
 
 def test_a_failure_is_counted_once_when_the_status_gains_it() -> None:
@@ -131,11 +150,12 @@ def test_a_failure_is_counted_once_when_the_status_gains_it() -> None:
     text = metrics.text().decode()
     assert 'finetune_job_failures_total{reason="Preempted"} 1.0' in text
     assert 'finetune_job_failures_total{reason="Hang"} 1.0' in text
+    assert 'finetune_job_failures_total{reason="Numerics"} 0.0' in text, "a first one must be an increase"
 
 
 def test_metrics_are_named_as_prometheus_wants_it() -> None:
     metrics = Metrics()
-    metrics.registry.register(JobCollector(list))
+    metrics.registry.register(JobCollector(list, dict))
     for family in metrics.registry.collect():
         assert re.fullmatch(r"finetune_[a-z_]+", family.name)
         assert family.documentation.endswith(".")

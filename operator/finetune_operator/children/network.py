@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.runtime import Egress, FinetuneRuntimeSpec
@@ -16,12 +17,15 @@ _KUBERAY: Final = {"app.kubernetes.io/component": "kuberay-operator"}  # in its 
 _DNS_PORT: Final = 53
 
 
-def network_policy(owner: Owner, runtime: FinetuneRuntimeSpec, operator_namespace: str) -> Manifest | None:
+def network_policy(
+    owner: Owner, runtime: FinetuneRuntimeSpec, operator_namespace: str, scraper_namespaces: Sequence[str] = ()
+) -> Manifest | None:
     """The NetworkPolicy of all pods of a job; None when the runtime wants none.
 
-    Pods of the same job reach each other. From outside come our operator (and a scraper beside it) for progress and
-    metrics, and KubeRay for the dashboard, whose requests need the cluster's token. Pods reach DNS and what the
-    runtime lists: not the API server, not the cloud's metadata address, no other tenant.
+    Pods of the same job reach each other. From outside come our operator and scrapers, beside it or in
+    `scraper_namespaces`, for progress and metrics, and KubeRay for the dashboard, whose requests need the cluster's
+    token. Pods reach DNS and what the runtime lists: not the API server, not the cloud's metadata address, no other
+    tenant.
     """
     if not runtime.network_policy.enabled:
         return None
@@ -35,7 +39,10 @@ def network_policy(owner: Owner, runtime: FinetuneRuntimeSpec, operator_namespac
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [
                 {"from": [same]},
-                {"from": [_namespace(operator_namespace)], "ports": _ports("TCP", PROGRESS_PORT, METRICS_PORT)},
+                {
+                    "from": [_namespace(name) for name in (operator_namespace, *scraper_namespaces)],
+                    "ports": _ports("TCP", PROGRESS_PORT, METRICS_PORT),
+                },
                 {
                     "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": _KUBERAY}}],
                     "ports": _ports("TCP", DASHBOARD_PORT),
