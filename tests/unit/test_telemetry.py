@@ -94,6 +94,11 @@ def test_metrics_follow_the_steps() -> None:
     assert found["finetune_train_memory_bytes", ""] == 1 << 30
 
 
+def test_spikes_are_counted() -> None:
+    spike = {"event": "spike", "step": 2, "loss": 9.0, "expected": 2.0, "sequences": [4]}
+    assert samples(trained(START, step(1), step(2, loss=9.0), spike))["finetune_train_loss_spikes_total", ""] == 1
+
+
 def test_the_operator_understands_what_is_served() -> None:
     telemetry = trained(START, step(1))
     with served(telemetry, 0) as port:

@@ -114,7 +114,7 @@ def train_stage(
             metrics.event(event)
             observe(event)
             line = status.update(event)
-            if event["event"] in ("warning", "retry"):
+            if event["event"] in ("warning", "retry", "spike"):
                 stage.note(line)
             stage.update(line, status.step, status.total or None, now=event["event"] != "step")
 

@@ -60,6 +60,10 @@ class TrainingStatus:
                 self._line = f"starting again ({event['reason']})"
             case "export":
                 self._line = "writing the weights, loading them again, comparing logits"
+            case "spike":
+                self._line = (
+                    f"step {event['step']}: the loss jumped to {event['loss']:.4f} from {event['expected']:.4f}"
+                )
             case "warning":
                 self._line = event["message"]
             case "end":

@@ -60,6 +60,8 @@ class Telemetry:
                 self._checkpoint, self._at_risk = (event["step"], now), 0.0
                 self._checkpointing += event["seconds"]
                 self._metrics.checkpoint_seconds.observe(event["seconds"])
+            case "spike":
+                self._metrics.spikes.inc()
             case "retry":
                 self._state = "starting"
                 self._metrics.restarts.inc()
@@ -172,6 +174,9 @@ class Metrics:
         self.gpu_memory = gauge("gpu_memory_bytes", "Most memory of rank 0's GPU in use so far.")
         self.memory = gauge("train_memory_bytes", "Most resident memory of rank 0 so far, where it has no GPU.")
         self.on_gpu = False
+        self.spikes = Counter(
+            "finetune_train_loss_spikes", "Steps whose loss jumped far above those before.", registry=registry
+        )
         self.workers = gauge("train_workers", "Processes that train.")
         self.restarts = Counter(
             "finetune_train_restarts", "Times that the workers were started again in this process.", registry=registry

@@ -33,6 +33,7 @@ from finetune_trainer.export import export
 from finetune_trainer.manifest import read_manifest
 from finetune_trainer.reporter import MetricsFile, Reporter
 from finetune_trainer.schedule import learning_rate
+from finetune_trainer.spikes import MOST_SEQUENCES, SpikeDetector
 
 _DEFAULT_CHECKPOINT_MINUTES = 10.0
 _SKIPS = 50  # steps in a row that float16's loss scale may take to settle
@@ -99,6 +100,7 @@ class _Loop:
         self.step = 0
         self.saved_time = time.monotonic()
         self.skipped = 0
+        self.spikes = SpikeDetector()
 
     def report(self, event: str, **fields: object) -> None:
         if self.world.rank == 0:
@@ -195,6 +197,8 @@ class _Loop:
             mfu=work / seconds / self.world.size / self.peak_flops if self.peak_flops else None,
             memoryBytes=_peak_memory(self.world.device),
         )
+        if spike := self.spikes.event(self.step, total / target, positions):
+            self.report("spike", **spike)
         return _Asked(stop=stop > 0, checkpoint=due > 0)
 
     @torch.no_grad()
@@ -266,7 +270,8 @@ class _Loop:
         )
 
     def _diverged(self, what: str, positions: sampling.Positions) -> TrainingError:
-        shown = ", ".join(str(p) for p in positions[:16]) + (" …" if len(positions) > 16 else "")
+        shown = ", ".join(str(p) for p in positions[:MOST_SEQUENCES])
+        shown += " …" if len(positions) > MOST_SEQUENCES else ""
         return TrainingError(
             f"{what} of step {self.step + 1} is not finite; training sequences of its batch: {shown}",
             where=str(Path(self.run_config.work) / METRICS_FILE),

@@ -25,6 +25,7 @@ _VARIABLES: Final = {
     "#000007": "--part-2",
     "#000008": "--part-3",
     "#000009": "--part-4",
+    "#00000a": "--bad",
 }
 _COLOUR: Final = {variable: colour for colour, variable in _VARIABLES.items()}
 _STYLE: Final[Any] = {
@@ -64,7 +65,9 @@ def loss_chart(curves: Curves, wide: bool) -> str:
         _line(axes, smooth or training, "--base", label="training, smoothed" if smooth else "training")
         if curves.evaluation_loss.steps:
             _line(axes, curves.evaluation_loss, "--accent", label="evaluation", marker="o", markersize=4.5)
-        axes.legend(loc="upper right", ncols=2, borderaxespad=0, handlelength=1.2, columnspacing=1.2)
+        if curves.spikes.steps:
+            _line(axes, curves.spikes, "--bad", label="jumps", linestyle="", marker="x", markersize=7)
+        axes.legend(loc="upper right", ncols=3, borderaxespad=0, handlelength=1.2, columnspacing=1.2)
         axes.margins(y=0.12)
 
     return _svg("Loss over steps", draw, _WIDE if wide else (_SMALL[0], 250))

@@ -44,6 +44,7 @@ class Curves:
 
     loss: Curve
     evaluation_loss: Curve
+    spikes: Curve  # steps whose loss jumped
     learning_rate: Curve
     gradient_norm: Curve
     tokens_per_second: Curve
@@ -53,6 +54,7 @@ class Curves:
 def curves(events: Sequence[Event]) -> Curves:
     """The series of a run, from the events in its metrics.jsonl."""
     steps = last_of_each_step(events, "step")
+    spikes = last_of_each_step(events, "spike")
     evaluations = last_of_each_step(events, "evaluation")
 
     def over_steps(value: Callable[[Event], float]) -> Curve:
@@ -61,6 +63,7 @@ def curves(events: Sequence[Event]) -> Curves:
     return Curves(
         loss=over_steps(lambda e: e["loss"]),
         evaluation_loss=Curve([e["step"] for e in evaluations], [e["loss"] for e in evaluations]),
+        spikes=Curve([e["step"] for e in spikes], [e["loss"] for e in spikes]),
         learning_rate=over_steps(lambda e: e["learningRate"]),
         gradient_norm=over_steps(lambda e: e["gradNorm"]),
         tokens_per_second=over_steps(lambda e: e["tokensPerSecond"]),
