@@ -25,11 +25,11 @@ from tests.trainer.workers import in_workers
 TOKENS = 512
 LORA = {"rank": 8, "alpha": 16}
 CASES = [
-    (stage, tuning, precision, recomputed)
+    (stage, tuning, precision, recomputed, 1)
     for stage, tuning, precision in itertools.product((0, 1, 2, 3), ("full", "lora"), ("fp32", "bf16"))
     for recomputed in ((False, True) if stage == 2 and precision == "bf16" else (False,))
-]
-Case = tuple[int, str, str, bool]
+] + [(2, "full", "bf16", False, 2), (3, "lora", "bf16", True, 2)]
+Case = tuple[int, str, str, bool, int]  # ZeRO stage, tuning, precision, recomputed activations, workers of a sequence
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(model: Path, case: Case) -> RunConfig:
-    stage, tuning, precision, recomputed = case
+    stage, tuning, precision, recomputed, shared = case
     zero = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 0}
@@ -48,7 +48,7 @@ def job(model: Path, case: Case) -> RunConfig:
         method={"tuning": tuning, "lora": LORA},
         data={"sequenceLength": TOKENS},
         training={"precision": precision, "activationCheckpointing": recomputed},
-        deepspeed={"zeroStage": stage, "config": {"zero_optimization": zero}},
+        deepspeed={"zeroStage": stage, "sequenceParallel": shared, "config": {"zero_optimization": zero}},
     )
 
 
@@ -59,28 +59,29 @@ def measured(
     """The number of workers, and the peak that rank 0 measured in each case."""
     folder = tmp_path_factory.mktemp("measured")
     # Alone there is nothing to share: the stages differ in how gradients are kept.
-    cases = [case for case in CASES if request.param == 2 or case[0] in (0, 2)]
+    cases = [case for case in CASES if request.param == 2 or (case[0] in (0, 2) and case[4] == 1)]
     in_workers(measure, request.param, folder / "store", [job(model, case) for case in cases], folder)
     return request.param, dict(zip(cases, json.loads((folder / "peaks.json").read_text()), strict=True))
 
 
 def measure(rank: int, runs: list[RunConfig], folder: Path) -> None:
     """Most bytes in tensors during a step of two micro-batches, after a first one made every state."""
-    from finetune_trainer.batches import collate
+    from finetune_trainer.batches import MicroBatch, collate
     from finetune_trainer.dataset import PackedSequence
     from finetune_trainer.distributed import join_world
     from finetune_trainer.engine import build_engine, optimizer_step
 
-    world = join_world()
     ids = np.arange(TOKENS, dtype=np.int32) % 500
     weights = np.append(0, np.ones(TOKENS - 1)).astype(np.float32)
-    batch = collate([PackedSequence(ids, weights, np.array([TOKENS], np.int32))])
+    sequence = PackedSequence(ids, weights, np.array([TOKENS], np.int32))
     peaks = []
     for run in runs:
+        world = join_world(run.spec.deepspeed.sequence_parallel)
+        batch = collate([sequence], world.sequence)
         before = live()  # kept, so that nothing of it is freed meanwhile
         engine = build_engine(run.model_path, run.spec, world, 2)
 
-        def step(engine: Any = engine) -> None:
+        def step(engine: Any = engine, batch: MicroBatch = batch) -> None:
             for number in range(2):
                 engine.backward(engine(batch), scale_wrt_gas=False)
                 if number == 0:

@@ -227,7 +227,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, model: Path) -> None:
         ({"data": {"train": [{"uri": "s3://key:secret@bucket/rows.jsonl"}]}}, "spec.data.train[0].uri"),
         ({"data": {"train": [{"uri": "http://host/rows.jsonl"}]}}, "spec.data.train[0].uri"),
         ({"method": {"objective": "dpo"}}, "spec.method.objective"),
-        ({"deepspeed": {"sequenceParallel": 2}}, "spec.deepspeed.sequenceParallel"),
     ],
 )
 def test_what_cannot_be_prepared_is_named_by_field(

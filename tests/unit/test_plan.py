@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from finetune_api.errors import SpecError
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.run import Device
 from finetune_api.status import Plan
@@ -130,6 +131,23 @@ def test_recomputed_activations_take_less(model: Path) -> None:
     assert again.memory.activations < kept.memory.activations / 10
 
 
+def test_workers_that_share_a_sequence_hold_a_part_of_its_activations(model: Path) -> None:
+    alone, shared = (
+        plan(spec(method={"tuning": "full"}, deepspeed={"zeroStage": 2, "sequenceParallel": n}), model, Device()).fit
+        for n in (1, 4)
+    )
+    assert alone
+    assert shared
+    assert shared.memory.activations == pytest.approx(alone.memory.activations / 4, rel=1e-3)
+    assert shared.memory.optimizer == alone.memory.optimizer  # states are divided among all workers, as before
+
+
+def test_a_sequence_that_workers_cannot_share_evenly_is_refused_by_the_plan(model: Path) -> None:
+    with pytest.raises(SpecError, match="3 workers cannot share 64 attention heads") as caught:
+        plan(spec(deepspeed={"sequenceParallel": 3}), model, Device())
+    assert caught.value.where == "spec.deepspeed.sequenceParallel"
+
+
 def test_a_longer_micro_batch_is_suggested_only_as_far_as_it_fits(model: Path) -> None:
     found = plan(spec(), model, Device(memory_bytes=80 * GIB))
     assert found.larger_micro_batch == 4
@@ -143,6 +161,11 @@ def test_a_longer_micro_batch_is_suggested_only_as_far_as_it_fits(model: Path) -
     [
         ({"training": {"microBatch": 8}}, 80, {"training.microBatch": "1"}),
         ({}, 16, {"training.activationCheckpointing": "true"}),
+        (  # one sequence is too long for a GPU, however it is recomputed
+            {"data": {"sequenceLength": 524288}, "training": {"activationCheckpointing": True}},
+            80,
+            {"deepspeed.sequenceParallel": "8"},
+        ),
         (
             {
                 "method": {"tuning": "full"},

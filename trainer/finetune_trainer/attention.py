@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from finetune_trainer import ulysses
+from finetune_trainer.distributed import SequenceGroup
+
 NAME: Final = "packed"
 
 # Older torch finds grouped heads by the shapes alone.
@@ -34,6 +37,7 @@ def packed_attention(
     *,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    sequence: SequenceGroup | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attends within each document.
@@ -42,10 +46,28 @@ def packed_attention(
         query: [1, heads, T, size]; key and value may have fewer heads, and divide them.
         cu_seq_lens_q: [documents + 1], int32: where each document starts, and T.
         max_length_q: tokens of the longest document.
+        sequence: the workers that share the row; then query, key and value have T / size tokens, this worker's part
+            of it, and boundaries stay those of the whole row.
 
     Returns:
         [1, T, heads, size], and no attention weights.
     """
+    if sequence is not None:
+        query, key, value = (ulysses.heads_for_tokens(each, sequence) for each in (query, key, value))
+    out = _attend(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q)
+    return out if sequence is None else ulysses.tokens_for_heads(out, sequence), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+) -> Tensor:
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         out = varlen_attn(
@@ -61,7 +83,7 @@ def packed_attention(
             **_GROUPED,
         )
         assert isinstance(out, Tensor)
-        return out[None], None
+        return out[None]
     dtype = query.dtype
     if query.device.type == "cpu":
         # Its kernels for bfloat16 take 1.6 times as long for short documents, and compile one for every length.
@@ -76,7 +98,7 @@ def packed_attention(
         )
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     )
-    return torch.cat(list(documents), 2).transpose(1, 2).to(dtype), None
+    return torch.cat(list(documents), 2).transpose(1, 2).to(dtype)
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

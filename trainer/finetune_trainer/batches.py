@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.dataset import PackedDataset, PackedSequence
+from finetune_trainer.distributed import SequenceGroup, World
 
 # On a CPU every new shape compiles kernels that stay in memory, some 13 MB for a micro-batch of 2,000 tokens: rows and
 # predictions are filled up to a multiple of this, so that shapes come back.
@@ -34,6 +35,7 @@ class MicroBatch:
     targets: Tensor  # [P]: the token that follows there
     weights: Tensor  # [P], float32: how much it counts
     lengths: npt.NDArray[np.int64]  # tokens of each document, without filling
+    sequence: SequenceGroup | None = None  # shares the row: ids, positions and predictions are this worker's part of it
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
@@ -43,46 +45,64 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def collate(sequences: Sequence[PackedSequence]) -> MicroBatch:
-    """Puts sequences side by side in one row. Without any the row is filling."""
-    ids = _filled([s.input_ids for s in sequences], np.int64)
-    weights = _filled([s.weights for s in sequences], np.float32)
+def collate(sequences: Sequence[PackedSequence], sequence: SequenceGroup | None = None) -> MicroBatch:
+    """Puts sequences side by side in one row. Without any the row is filling.
+
+    Args:
+        sequence: cut the row into equal parts for these workers; boundaries and lengths stay those of the whole row.
+    """
+    parts = sequence.size if sequence else 1
+    ids = _filled([s.input_ids for s in sequences], np.int64, parts)
+    weights = _filled([s.weights for s in sequences], np.float32, parts)
     lengths = np.concatenate([np.zeros(0, np.int64), *(s.documents for s in sequences)])
     filling = ids.size - lengths.sum()
     every = np.append(lengths, filling) if filling else lengths
     ends = np.cumsum(every)
+    start, end = _part(ids.size, sequence)
     learned = np.flatnonzero(weights)
+    learned = learned[(learned > start) & (learned <= end)]  # a token is predicted where the one before it is
     return MicroBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.arange(ids.size) - np.repeat(ends - every, every))[None],
+        input_ids=torch.from_numpy(ids[start:end])[None],
+        position_ids=torch.from_numpy((np.arange(ids.size) - np.repeat(ends - every, every))[start:end])[None],
         boundaries=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         longest=int(every.max()),
-        predicting=torch.from_numpy(_filled([learned - 1], np.int64)),
+        predicting=torch.from_numpy(_filled([learned - 1 - start], np.int64)),
         targets=torch.from_numpy(_filled([ids[learned]], np.int64)),
         weights=torch.from_numpy(_filled([weights[learned]], np.float32)),
         lengths=lengths,
+        sequence=sequence,
     )
 
 
-def _filled(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """The parts one after the other, with zeros up to a multiple of `_MULTIPLE`, and never empty."""
-    joined = np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
-    return np.pad(joined, (0, -joined.size % _MULTIPLE if joined.size else _MULTIPLE))
+def _part(tokens: int, sequence: SequenceGroup | None) -> tuple[int, int]:
+    """Where this worker's part of a row of so many tokens begins and ends."""
+    if sequence is None:
+        return 0, tokens
+    each = tokens // sequence.size
+    return each * sequence.rank, each * (sequence.rank + 1)
+
+
+def _filled(values: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike, parts: int = 1) -> npt.NDArray[Any]:
+    """The values one after the other, with zeros up to a multiple of `parts` times `_MULTIPLE`, and never empty."""
+    multiple = parts * _MULTIPLE
+    joined = np.concatenate([np.zeros(0, dtype), *values], dtype=dtype)
+    return np.pad(joined, (0, -joined.size % multiple if joined.size else multiple))
 
 
 def micro_batches(
-    dataset: PackedDataset, positions: npt.NDArray[np.int64], *, rank: int, world_size: int, size: int, count: int
+    dataset: PackedDataset, positions: npt.NDArray[np.int64], world: World, *, size: int, count: int
 ) -> Iterator[MicroBatch]:
-    """This worker's share of a global batch, `size` sequences at a time.
+    """This worker's share of a global batch, `size` sequences at a time, on its device.
 
-    Worker r takes every `world_size`-th position from r. Every worker yields `count` micro-batches: when its samples
-    are used up it goes on with empty ones, since under ZeRO each forward and backward pass is a collective.
+    Share r has every `data_size`-th position from r; workers that share sequences take the same ones, and of each its
+    part. Every worker yields `count` micro-batches: when its samples are used up it goes on with empty ones, since
+    under ZeRO each forward and backward pass is a collective.
     """
-    mine = positions[rank::world_size]
+    mine = positions[world.data_rank :: world.data_size]
     for start in range(0, count * size, size):
-        yield collate([dataset[int(p)] for p in mine[start : start + size]])
+        yield collate([dataset[int(p)] for p in mine[start : start + size]], world.sequence).to(world.device)
 
 
-def micro_batch_count(samples: int, *, world_size: int, size: int) -> int:
-    """Micro-batches of `size` sequences that the worker with the largest share of `samples` needs."""
-    return math.ceil(math.ceil(samples / world_size) / size)
+def micro_batch_count(samples: int, *, shares: int, size: int) -> int:
+    """Micro-batches of `size` sequences that the worker with the largest of so many shares of `samples` needs."""
+    return math.ceil(math.ceil(samples / shares) / size)

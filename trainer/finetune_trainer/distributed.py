@@ -11,9 +11,20 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from finetune_api.errors import SpecError
+
 T = TypeVar("T")
 
 _TORCHRUN: Final = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun gives every worker
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The workers that share one sequence, as one of them sees it: consecutive ranks, so mostly on one node."""
+
+    rank: int  # in the group
+    size: int
+    group: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,17 @@ class World:
     rank: int
     size: int
     device: torch.device
+    sequence: SequenceGroup | None = None  # None: every worker has sequences of its own
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a global batch this worker takes, alone or with those that share its sequences."""
+        return self.rank // (self.sequence.size if self.sequence else 1)
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares a global batch is cut."""
+        return self.size // (self.sequence.size if self.sequence else 1)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the workers, in float64. A collective."""
@@ -47,10 +69,16 @@ class World:
         dist.barrier()
 
 
-def join_world() -> World:
+def join_world(sequence_parallel: int = 1) -> World:
     """Joins the process group: the one that is there (Ray made it), torchrun's, or a group of this process alone.
 
     Uses the GPU of this worker's local rank with nccl, or the CPU with gloo.
+
+    Args:
+        sequence_parallel: workers that share one sequence.
+
+    Raises:
+        SpecError: that many do not divide the world.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -67,4 +95,17 @@ def join_world() -> World:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, _sequence_group(sequence_parallel))
+
+
+def _sequence_group(size: int) -> SequenceGroup | None:
+    if size == 1:
+        return None
+    if dist.get_world_size() % size:
+        raise SpecError(
+            f"{dist.get_world_size()} workers cannot be cut into groups of {size}",
+            where="spec.deepspeed.sequenceParallel",
+            hint="choose a divisor of the number of processes",
+        )
+    group, _ = dist.new_subgroups(group_size=size)
+    return SequenceGroup(dist.get_rank(group), size, group)

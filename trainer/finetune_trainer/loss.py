@@ -115,7 +115,7 @@ class LanguageModelLoss(nn.Module):
     def forward(self, batch: MicroBatch, *, logits_error: bool = False) -> Tensor:
         """The loss; or, with `logits_error`, the largest relative difference of the output layer's logits and the
         model's own."""
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
             "use_cache": False,
@@ -124,6 +124,8 @@ class LanguageModelLoss(nn.Module):
             "max_length_q": batch.longest,
             "max_length_k": batch.longest,
         }
+        if batch.sequence is not None:
+            inputs["sequence"] = batch.sequence
         if self.output is not None and (self.fused or logits_error):
             hidden = inner_model(self.model).get_decoder()(**inputs).last_hidden_state[0, batch.predicting]
             if not logits_error:

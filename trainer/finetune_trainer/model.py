@@ -24,7 +24,8 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
 
     Raises:
         ModelError: no causal language model that transformers knows, no safetensors, weights missing or left over.
-        SpecError: `method.lora.targetModules` names a layer that the model does not have.
+        SpecError: `method.lora.targetModules` names a layer that the model does not have, or its attention cannot be
+            shared by `deepspeed.sequenceParallel` workers.
     """
     # transformers looks for this object through a weak reference while it loads, to shard each weight as it is read.
     zero3 = _announce_zero3(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
@@ -33,6 +34,7 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
         torch.manual_seed(spec.training.seed)
         model = add_adapters(model, spec.method.lora)
     del zero3
+    check_shared_sequence(model, spec.deepspeed.sequence_parallel)
     if supports_packed_attention(model):
         attention.register()
         inner_model(model).set_attn_implementation(attention.NAME)
@@ -122,6 +124,39 @@ def supports_packed_attention(model: Any) -> bool:
         and set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
         and getattr(text, "attn_logit_softcapping", None) is None
     )
+
+
+def check_shared_sequence(model: Any, workers: int) -> None:
+    """Raises SpecError when so many workers cannot share a sequence: in attention each takes its part of the heads."""
+    if workers == 1:
+        return
+    where = "spec.deepspeed.sequenceParallel"
+    heads, groups = _heads(model)
+    if not supports_packed_attention(model):
+        raise SpecError(
+            f"the attention of {type(inner_model(model)).__name__} cannot be shared by several workers",
+            where=where,
+            hint="set it to 1; to save memory set training.activationCheckpointing or deepspeed.offload",
+        )
+    if workers not in (possible := sequence_shares(model)):
+        raise SpecError(
+            f"{workers} workers cannot share {heads} attention heads and {groups} key-value heads evenly",
+            where=where,
+            hint=f"this model's sequences can be shared by {', '.join(map(str, possible))}",
+        )
+
+
+def sequence_shares(model: Any) -> list[int]:
+    """How many workers can share a sequence: each takes as many heads, and of keys and values too, or one of them."""
+    heads, groups = _heads(model)
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+    return possible if supports_packed_attention(model) else [1]
+
+
+def _heads(model: Any) -> tuple[int, int]:
+    """Heads of attention, and of keys and values."""
+    config = inner_model(model).config.get_text_config()
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool]
     Raises:
         FinetuneError: the model, the data or the run itself; the same on every worker.
     """
-    world = join_world()
+    world = join_world(run.spec.deepspeed.sequence_parallel)
     loop = _Loop(run, reporter, world)
     loop.resume()
     outcome = loop.run(should_stop)
@@ -89,7 +89,7 @@ class _Loop:
         self.data = PackedDataset(prepared, "train")
         self.evaluation_data = PackedDataset(prepared, "evaluation")
         self.order = sampling.order(training, len(self.data), manifest.sequence_length)
-        self.accumulation = micro_batch_count(self.order.batch, world_size=world.size, size=training.micro_batch)
+        self.accumulation = micro_batch_count(self.order.batch, shares=world.data_size, size=training.micro_batch)
         self.engine = build_engine(run.model_path, run.spec, world, self.accumulation)
         self.flops = flops.TrainingFlops(self.engine.module.model)
         self.peak_flops = flops.peak_flops(world.device, training.precision)
@@ -162,7 +162,7 @@ class _Loop:
         nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
         operations = 0.0
         for number, batch in enumerate(self._batches(self.data, positions, self.accumulation), 1):
-            operations += self.flops.of(batch.lengths)
+            operations += self.flops.of(batch.lengths) * self.world.data_size / self.world.size
             self.clock.end("data")
             loss = self.engine(batch)
             nll += loss.detach()
@@ -209,7 +209,7 @@ class _Loop:
         started = time.perf_counter()
         self.engine.eval()
         positions = np.arange(len(self.evaluation_data))
-        count = micro_batch_count(len(positions), world_size=self.world.size, size=self.training.micro_batch)
+        count = micro_batch_count(len(positions), shares=self.world.data_size, size=self.training.micro_batch)
         nll = sum(float(self.engine(batch)) for batch in self._batches(self.evaluation_data, positions, count))
         weights = float(self.evaluation_data.targets.sum())
         self.report(
@@ -237,9 +237,7 @@ class _Loop:
         self.report("checkpoint", step=self.step, seconds=self.saved_time - started, bytes=written.bytes)
 
     def _batches(self, data: PackedDataset, positions: sampling.Positions, count: int) -> Iterator[MicroBatch]:
-        size = self.training.micro_batch
-        found = micro_batches(data, positions, rank=self.world.rank, world_size=self.world.size, size=size, count=count)
-        return (batch.to(self.world.device) for batch in found)
+        return micro_batches(data, positions, self.world, size=self.training.micro_batch, count=count)
 
     def _seed_dropout(self) -> None:
         """Makes dropout a function of seed, step and rank, so that a restart needs no generator's state."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from finetune_api.job import FinetuneJobSpec
 from finetune_trainer.deepspeed_config import merged, zero_stage
+from finetune_trainer.model import sequence_shares
 from finetune_trainer.planning.memory import Memory, memory
 from finetune_trainer.planning.model import Device, Pass, Sizes, build, sizes, trace
 from finetune_trainer.sampling import batch_sequences
@@ -103,7 +104,8 @@ class Planner:
         """The largest micro-batch that fits at the same stage, when that is more than the job's; powers of 2 times it,
         and no more than a worker's share of the global batch."""
         spec = fit.spec
-        most = batch_sequences(spec.training, spec.data.sequence_length) // world_size(spec)
+        shares = world_size(spec) // spec.deepspeed.sequence_parallel
+        most = batch_sequences(spec.training, spec.data.sequence_length) // shares
         found, size = None, spec.training.micro_batch * 2
         while self._device_memory is not None and fit.fits and size <= most:
             larger = self.fit(_with(spec, training={"microBatch": size}, deepspeed={"zeroStage": fit.stage}))
@@ -115,7 +117,7 @@ class Planner:
     def remedy(self, spec: FinetuneJobSpec) -> list[Change]:
         """The fewest settings, those that cost the least first, that make the job fit; empty when none do."""
         changes: list[tuple[Change, Callable[[FinetuneJobSpec], FinetuneJobSpec]]] = []
-        for step in _steps(spec):
+        for step in _steps(spec, sequence_shares(build(self._folder, spec))):
             # A later value of a field takes the place of an earlier one.
             changes = [each for each in changes if each[0].field != step[0].field] + [step]
             if self.fit(_apply(spec, changes)).fits:
@@ -133,9 +135,10 @@ class Planner:
 
     def _follow(self, spec: FinetuneJobSpec) -> tuple[Sizes, Pass]:
         training, method = spec.training, spec.method
-        tokens = -(-training.micro_batch * spec.data.sequence_length // _MULTIPLE) * _MULTIPLE
+        shared = spec.deepspeed.sequence_parallel
+        tokens = -(-training.micro_batch * spec.data.sequence_length // (shared * _MULTIPLE)) * _MULTIPLE
         lora = method.lora.model_dump_json() if method.tuning == "lora" else None
-        key = (tokens, lora, training.precision, training.activation_checkpointing)
+        key = (tokens, shared, lora, training.precision, training.activation_checkpointing)
         if key not in self._followed:
             model = build(self._folder, spec)
             self._followed[key] = sizes(model), trace(model, tokens, self._device)
@@ -145,8 +148,12 @@ class Planner:
 _Step = tuple[Change, Callable[[FinetuneJobSpec], FinetuneJobSpec]]
 
 
-def _steps(spec: FinetuneJobSpec) -> Iterator[_Step]:
-    """Settings that save memory and that the job does not have yet, in the order to try them."""
+def _steps(spec: FinetuneJobSpec, shares: list[int]) -> Iterator[_Step]:
+    """Settings that save memory and that the job does not have yet, in the order to try them.
+
+    Args:
+        shares: numbers of workers that can share one of the model's sequences.
+    """
     training, deepspeed = spec.training, spec.deepspeed
     if training.micro_batch > 1:
         yield _step("training.microBatch", 1)
@@ -161,6 +168,7 @@ def _steps(spec: FinetuneJobSpec) -> Iterator[_Step]:
             yield _step("deepspeed.zeroStage", 2)
         yield _step("deepspeed.offload.optimizer", "cpu")
     shorter = length = spec.data.sequence_length
+    yield from _shared_sequences(spec, shares)
     while (shorter := shorter // 2) >= _SHORTEST:
         yield _step("data.sequenceLength", shorter)
     if deepspeed.zero_stage != "auto":
@@ -170,6 +178,13 @@ def _steps(spec: FinetuneJobSpec) -> Iterator[_Step]:
         yield _step("workers.count", count)
     if spec.method.tuning == "full":
         yield _step("method.tuning", "lora")
+
+
+def _shared_sequences(spec: FinetuneJobSpec, shares: list[int]) -> Iterator[_Step]:
+    for workers in shares:  # among the GPUs of one pod, which are near one another
+        possible = spec.workers.gpus_each % workers == spec.data.sequence_length % workers == 0
+        if possible and workers > spec.deepspeed.sequence_parallel:
+            yield _step("deepspeed.sequenceParallel", workers)
 
 
 def _step(field: str, value: Any) -> _Step:

@@ -25,7 +25,7 @@ from finetune_api.errors import ModelError
 from finetune_api.job import FinetuneJobSpec
 from finetune_trainer.batches import MicroBatch
 from finetune_trainer.loss import LanguageModelLoss
-from finetune_trainer.model import DTYPES, add_adapters, supports_packed_attention
+from finetune_trainer.model import DTYPES, add_adapters, check_shared_sequence, supports_packed_attention
 from finetune_trainer.weights import inner_model
 
 Device = Literal["cpu", "cuda"]
@@ -62,7 +62,7 @@ def build(folder: Path, spec: FinetuneJobSpec) -> Any:
 
     Raises:
         ModelError: config.json is missing, or is of no causal language model that transformers knows.
-        SpecError: LoRA's target modules are not the model's.
+        SpecError: LoRA's target modules are not the model's, or so many workers cannot share its sequences.
     """
     dtype = DTYPES[spec.training.precision]
     with _quiet():
@@ -76,6 +76,7 @@ def build(folder: Path, spec: FinetuneJobSpec) -> Any:
                     parameter.data = parameter.data.to(dtype)
         if spec.training.activation_checkpointing:
             inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_shared_sequence(model, spec.deepspeed.sequence_parallel)
     model.train()
     return model
 

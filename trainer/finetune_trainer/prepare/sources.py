@@ -80,12 +80,8 @@ def refuse_unavailable(spec: FinetuneJobSpec) -> None:
                 where=f"spec.data.evaluation[{index}].weight",
                 hint="remove the weight",
             )
-    for asked, what, where, hint in (
-        (spec.method.objective == "dpo", "dpo is", "method.objective", "use sft or pretrain"),
-        (spec.deepspeed.sequence_parallel > 1, "sharing a sequence is", "deepspeed.sequenceParallel", "set it to 1"),
-    ):
-        if asked:
-            raise SpecError(f"{what} not available yet", where=f"spec.{where}", hint=hint)
+    if spec.method.objective == "dpo":
+        raise SpecError("dpo is not available yet", where="spec.method.objective", hint="use sft or pretrain")
 
 
 def find_files(run: RunConfig) -> list[SourceFile]:
