@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	done; echo python3)
 BIN := .venv/bin
 QUICKSTART := examples/01-quickstart
+NODE_TOOLS := coredns node
 PYTEST := $(BIN)/pytest --durations=15
 
 .PHONY: help
@@ -28,6 +29,19 @@ quickstart: setup ## Set up, then finetune a small real model and report what ch
 test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
 	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) --numprocesses=2 --dist=loadfile tests/unit tests/trainer && $(PYTEST) tests/api)
 
+# Namespaces of its own: whatever the lab starts, mounts and routes is gone when it ends, also when it is killed.
+LAB = FINETUNE_LAB_IMAGES=$$($(BIN)/python -m tests.cluster.images) \
+	unshare --net --mount --pid --fork --kill-child --mount-proc
+
+.PHONY: e2e
+e2e: setup-cluster ## Run the tests on a real cluster of two nodes on this machine (Linux, root; ARGS as above)
+	$(LAB) $(PYTEST) $(or $(ARGS),tests/cluster)
+
+.PHONY: setup-cluster
+setup-cluster: tools
+	@$(PYTHON) scripts/setup.py --cluster
+	$(BIN)/python tests/tools/build.py $(NODE_TOOLS)
+
 .PHONY: setup
 setup: ## Install the locked environment into .venv (ACCELERATOR=cuda or cpu overrules what is found)
 	@$(PYTHON) scripts/setup.py
@@ -38,7 +52,7 @@ setup-tests:
 
 .PHONY: tools
 tools: setup ## Build the servers that tests use, each from its own go.mod
-	$(BIN)/python tests/tools/build.py
+	$(BIN)/python tests/tools/build.py $(filter-out $(NODE_TOOLS),$(notdir $(patsubst %/,%,$(dir $(wildcard tests/tools/*/go.mod)))))
 
 .PHONY: verify
 verify: lint ## Check style, types, import arrows and that generated files are current

@@ -1,6 +1,6 @@
 """Sets this checkout up: uv, system packages, the locked environment in .venv. Asks nothing, repeats nothing.
 
-    python3 scripts/setup.py [--tests]
+    python3 scripts/setup.py [--tests] [--cluster] [--extra NAME]
 
 Without a GPU the CUDA libraries (2.3 GB to download, 4 GB on disk) are left out and stand-ins are made for them:
 `cuda_stubs.py` says how. ACCELERATOR=cuda or ACCELERATOR=cpu overrules what is found. System packages are installed
@@ -29,6 +29,11 @@ VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
 BROWSERS = ("chromium", "chromium-browser")
+# Packages of a node, by a command that each brings.
+NODE_PACKAGES = {
+    "containerd": "containerd", "runc": "runc", "buildah": "buildah", "debootstrap": "debootstrap", "nft": "nftables",
+    "conntrack": "conntrack", "ip": "iproute2", "/usr/lib/cni/ptp": "containernetworking-plugins",
+}  # fmt: skip
 
 
 class SetupError(Exception):
@@ -38,13 +43,18 @@ class SetupError(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set this checkout up.")
     parser.add_argument("--tests", action="store_true", help="also install what only the tests need (a browser)")
+    parser.add_argument("--cluster", action="store_true", help="also install what a cluster on this machine needs")
+    parser.add_argument("--extra", help="for an image: the packages of this extra only, without this project")
     arguments = parser.parse_args()
     start = time.monotonic()
     check_python()
     accelerator = chosen_accelerator()
-    stamp, key = VENV / "finetune-setup", setup_key(accelerator)
+    stamp, key = VENV / "finetune-setup", setup_key(accelerator, arguments.extra)
     if arguments.tests and not any(map(shutil.which, BROWSERS)):
         apt_install("chromium", purpose="the test that opens the report in a browser")
+    for program, package in NODE_PACKAGES.items() if arguments.cluster else ():
+        if not shutil.which(program):
+            apt_install(package, purpose="the cluster on this machine")
     if stamp.is_file() and stamp.read_text() == key:
         say(f"{VENV.name} is up to date ({accelerator})")
         return
@@ -54,7 +64,7 @@ def main() -> None:
     if stubs and not (shutil.which("cc") and shutil.which("nm")):
         say("no C compiler, so the CUDA libraries come too, though there is no GPU")
         stubs = False
-    sync(find_uv(), without_cuda=stubs)
+    sync(find_uv(), arguments.extra, without_cuda=stubs)
     if stubs:
         say("making stand-ins for the CUDA libraries")
         for folder in VENV.glob("lib/python*/site-packages/torch/lib"):
@@ -106,12 +116,12 @@ def chosen_accelerator() -> str:
     return "cuda" if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") else "cpu"
 
 
-def setup_key(accelerator: str) -> str:
+def setup_key(accelerator: str, extra: str | None) -> str:
     """Changes with everything that the environment is made from."""
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "uv.lock", "scripts/setup.py", "scripts/cuda_stubs.py"):
         digest.update((ROOT / name).read_bytes())
-    return f"{accelerator} {platform.python_version()} {digest.hexdigest()}\n"
+    return f"{accelerator} {extra or 'all'} {platform.python_version()} {digest.hexdigest()}\n"
 
 
 def apt_install(package: str, *, purpose: str) -> None:
@@ -167,9 +177,10 @@ def has_module(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
 
 
-def sync(uv: Path, *, without_cuda: bool) -> None:
+def sync(uv: Path, extra: str | None, *, without_cuda: bool) -> None:
     """Installs what uv.lock names, checked against its hashes."""
-    command: list[str | Path] = [uv, "sync", "--locked", "--all-extras", "--python", sys.executable]
+    wanted = ["--extra", extra, "--no-install-project"] if extra else ["--all-extras"]
+    command: list[str | Path] = [uv, "sync", "--locked", *wanted, "--python", sys.executable]
     # A run starts a dozen processes at once: each would compile torch, or do so every time where Python may not write.
     command.append("--compile-bytecode")
     for name in cuda_packages() if without_cuda else []:

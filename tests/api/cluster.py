@@ -152,20 +152,20 @@ def cluster(folder: Path, *, ray: bool = True) -> Iterator[Cluster]:
     )
     c.logs.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        programs = _Programs(c.logs)
+        programs = Programs(c.logs)
         stack.callback(programs.stop)
-        programs.start("etcd", [etcd / "server", *_etcd_flags(folder, etcd_port)])
-        programs.start("kube-apiserver", [kubernetes / "kube-apiserver", *_apiserver_flags(c, etcd_port)])
+        programs.start("etcd", [etcd / "server", *etcd_flags(folder, etcd_port)])
+        programs.start("kube-apiserver", [kubernetes / "kube-apiserver", *apiserver_flags(c, etcd_port)])
         programs.wait(c.ca.is_file, "the certificate of kube-apiserver")
         api = stack.enter_context(Api(c.user("admin")))
-        programs.wait(lambda: _ready(api), "kube-apiserver")
+        programs.wait(lambda: is_ready(api), "kube-apiserver")
         # Before kube-controller-manager: its garbage collector looks for new kinds every 30 s only.
         if ray:
             install_ray_crds(api)
         install_crds(api, sorted(CRDS.glob("*.yaml")))
         manager = c.user("system:kube-controller-manager")
         programs.start(
-            "kube-controller-manager", [kubernetes / "kube-controller-manager", *_controller_manager_flags(c, manager)]
+            "kube-controller-manager", [kubernetes / "kube-controller-manager", *controller_manager_flags(c, manager)]
         )
         if ray:
             programs.start("kuberay", [kuberay / "ray-operator", *KUBERAY_FLAGS], _kuberay_environment(c))
@@ -198,7 +198,7 @@ def install_crds(api: Api, files: Sequence[Path]) -> None:
         eventually(partial(api.serves, group, plural), f"{plural}.{group} to be served")
 
 
-class _Programs:
+class Programs:
     """Programs in the order of their start."""
 
     def __init__(self, logs: Path) -> None:
@@ -236,14 +236,16 @@ class _Programs:
             program.wait()
 
 
-def _ready(api: Api) -> bool:
+def is_ready(api: Api) -> bool:
+    """Whether the API server serves."""
     try:
         return bool(api.request("GET", "/readyz")["text"] == "ok")
     except (Refused, urllib3.exceptions.HTTPError):
         return False
 
 
-def _etcd_flags(folder: Path, port: int) -> list[str]:
+def etcd_flags(folder: Path, port: int) -> list[str]:
+    """An etcd on loopback that may lose what it has been told."""
     return [
         f"--data-dir={folder / 'etcd'}",
         f"--listen-client-urls=http://127.0.0.1:{port}",
@@ -254,7 +256,8 @@ def _etcd_flags(folder: Path, port: int) -> list[str]:
     ]
 
 
-def _apiserver_flags(c: Cluster, etcd_port: int) -> list[str]:
+def apiserver_flags(c: Cluster, etcd_port: int) -> list[str]:
+    """An API server on loopback; of a flag that stands twice the later one counts."""
     tokens, policy = c.folder / "tokens.csv", c.folder / "audit-policy.json"
     with tokens.open("w", newline="") as file:
         csv.writer(file).writerows([c.token(user), user, user, ",".join(groups)] for user, groups in USERS.items())
@@ -287,10 +290,11 @@ def _apiserver_flags(c: Cluster, etcd_port: int) -> list[str]:
     ]
 
 
-def _controller_manager_flags(c: Cluster, kubeconfig: Path) -> list[str]:
+def controller_manager_flags(c: Cluster, kubeconfig: Path, controllers: Sequence[str] = CONTROLLERS) -> list[str]:
+    """A controller manager with these controllers."""
     return [
         f"--kubeconfig={kubeconfig}",
-        f"--controllers={','.join(CONTROLLERS)}",
+        f"--controllers={','.join(controllers)}",
         "--secure-port=0",
         "--leader-elect=false",
         "--use-service-account-credentials=true",

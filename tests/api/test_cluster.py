@@ -54,6 +54,6 @@ def test_a_service_account_is_who_it_says(local_cluster: Cluster, namespace: str
 
 
 def test_a_program_that_ends_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.api.cluster._etcd_flags", lambda *_: ["--no-such-flag"])
+    monkeypatch.setattr("tests.api.cluster.etcd_flags", lambda *_: ["--no-such-flag"])
     with pytest.raises(RuntimeError, match=r"(?s)etcd ended with .*no-such-flag"), cluster(tmp_path / "c"):
         pass

@@ -1,0 +1,36 @@
+"""The cluster of this tier: the lab, started once; it needs namespaces of its own, which `make e2e` gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.objects import Api, fresh_namespace
+from tests.cluster.lab import Lab, lab
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A cluster with two nodes, DNS, KubeRay and the images."""
+    images = os.environ.get("FINETUNE_LAB_IMAGES")
+    if images is None:
+        pytest.skip("needs root and namespaces of its own: make e2e")
+    with lab(tmp_path_factory.mktemp("lab"), Path(images)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def api(running: Lab) -> Iterator[Api]:
+    """The API server as its admin."""
+    with Api(running.cluster.kubeconfig) as api:
+        yield api
+
+
+@pytest.fixture
+def namespace(api: Api) -> Iterator[str]:
+    """A namespace of the test's own, deleted afterwards."""
+    with fresh_namespace(api) as name:
+        yield name

@@ -1,0 +1,141 @@
+"""The images that the lab's pods run, built without a registry: buildah over a base that debootstrap makes.
+
+Everything is kept in .cache/images and made again only when what goes into it changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tests.api.cluster import Programs
+from tests.cluster.containerd import PAUSE, Containerd
+from tests.tools.build import ROOT, build
+
+OPERATOR: Final = "localhost/finetune-operator:lab"
+TRAINER: Final = "localhost/finetune-trainer:lab"
+BASE: Final = "localhost/finetune-base:bookworm"
+_CACHE: Final = ROOT / ".cache" / "images"
+_PACKAGES: Final = ("ca-certificates", "procps", "python3", "python3-venv", "wget")
+_UNUSED: Final = (
+    "usr/share/doc",
+    "usr/share/i18n",
+    "usr/share/locale",
+    "usr/share/man",
+    "var/cache/apt",
+    "var/lib/apt/lists",
+)
+_CERTIFICATES: Final = "/etc/ssl/certs"
+
+
+def containerd_images() -> Path:
+    """A containerd's root that holds all images; built first if need be.
+
+    Raises:
+        subprocess.CalledProcessError: an image does not build.
+    """
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        identities = _build_all()
+        key = hashlib.sha256("".join(f"{name} {identity}\n" for name, identity in sorted(identities.items())).encode())
+        seed = _CACHE / f"containerd-{key.hexdigest()[:16]}"
+        if not seed.is_dir():
+            for old in _CACHE.glob("containerd-*"):
+                shutil.rmtree(old)
+            _import(list(identities), seed)
+    return seed
+
+
+def _build_all() -> dict[str, str]:
+    """Builds every image; the identity of each by its name."""
+    if not _buildah("images", "--quiet", "--filter", f"reference={BASE}"):
+        _build_base()
+    certificates = ["--volume", f"{_CERTIFICATES}:{_CERTIFICATES}:ro"]  # a company's own authority too
+    for target, name in (("operator", OPERATOR), ("trainer", TRAINER)):
+        arguments = ["--build-arg", f"BASE={BASE}", "--build-arg", "ACCELERATOR=cpu"]
+        _buildah(
+            "bud",
+            "--isolation=chroot",
+            "--layers",
+            *certificates,
+            *arguments,
+            "--target",
+            target,
+            "--tag",
+            name,
+            str(ROOT),
+        )
+    names = [OPERATOR, TRAINER, PAUSE, _binary("coredns", "coredns"), _binary("kuberay", "ray-operator")]
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "Dockerfile").write_text(f'FROM {BASE}\nENTRYPOINT ["sleep", "infinity"]\n')
+        _buildah("bud", "--layers", "--tag", PAUSE, scratch)
+    return {name: _buildah("inspect", "--type=image", "--format={{.FromImageID}}", name) for name in names}
+
+
+def _binary(module: str, program: str) -> str:
+    """An image of one of the test tools and nothing else."""
+    name = f"localhost/{module}:lab"
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copy2(build(module) / program, Path(scratch, "program"))
+        Path(scratch, "Dockerfile").write_text('FROM scratch\nCOPY program /program\nENTRYPOINT ["/program"]\n')
+        _buildah("bud", "--layers", "--timestamp=0", "--tag", name, scratch)
+    return name
+
+
+def _build_base() -> None:
+    with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
+        folder = Path(scratch, "base")
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", "bookworm", str(folder)]
+        subprocess.run([*command, _mirror()], check=True, stdout=subprocess.DEVNULL)
+        for unused in _UNUSED:
+            shutil.rmtree(folder / unused, ignore_errors=True)
+        container = _buildah("from", "scratch")
+        _buildah("copy", "--quiet", container, str(folder), "/")
+        _buildah("commit", "--quiet", "--rm", container, BASE)
+
+
+def _mirror() -> str:
+    """Where this machine has its Debian packages from."""
+    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]
+    found = [
+        match[1]
+        for path in sources
+        if path.is_file()
+        for match in re.finditer(r"^(?:URIs:|deb(?: \[.*\])?)\s+(\S+/debian/?)(?:\s|$)", path.read_text(), re.MULTILINE)
+    ]
+    return found[0] if found else "http://deb.debian.org/debian"
+
+
+def _import(names: Sequence[str], seed: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
+        containerd = Containerd(Path(scratch, "seed"))
+        programs = Programs(Path(scratch))
+        try:
+            containerd.start(programs, "containerd")
+            for number, name in enumerate(names):
+                archive = Path(scratch, f"{number}.tar")
+                _buildah("push", "--quiet", name, f"docker-archive:{archive}:{name}")
+                containerd.ctr("images", "import", "--no-unpack=false", str(archive))
+                archive.unlink()
+        finally:
+            programs.stop()
+            shutil.rmtree(containerd.socket.parent)
+        containerd.root.replace(seed)
+
+
+def _buildah(*arguments: str) -> str:
+    store = ["--root", str(_CACHE / "storage"), "--runroot", str(_CACHE / "run"), "--storage-driver", "overlay"]
+    done = subprocess.run(["buildah", *store, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    print(containerd_images())
