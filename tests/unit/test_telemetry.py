@@ -47,15 +47,16 @@ def samples(telemetry: Telemetry) -> dict[tuple[str, str], float]:
 
 
 def test_a_report_says_where_the_run_is_and_how_old_that_is() -> None:
-    checkpoint = {"event": "checkpoint", "step": 2, "seconds": 0.5, "bytes": 10}
-    report = trained(START, step(1), step(2), checkpoint, step(3)).report(7.0)
+    written = {"event": "checkpoint", "step": 2, "seconds": 0.5}
+    complete = {"event": "checkpoint-complete", "step": 2, "seconds": 9.0, "bytes": 10, "waited": 0.0}
+    report = trained(START, step(1), step(2), written, step(3), complete).report(8.0)
     assert (report.attempt, report.state, report.step, report.total_steps) == (3, "training", 3, 10)
     assert report.age == 2.0
     assert report.tokens == 3000
     assert report.eta == pytest.approx(14.0)
     assert report.checkpoint is not None
     assert report.checkpoint.uri == "s3://work/run/checkpoints/step-00000002"
-    assert report.checkpoint.age == 3.0
+    assert report.checkpoint.age == 2.0
     assert report.seconds.training == 6.0
     assert report.seconds.checkpoint == 0.5
     assert report.seconds.at_risk == 2.0, "the step after the checkpoint"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -36,6 +36,10 @@ class Location:
     def local(self) -> Path | None:
         """Its path on this machine's disk; None in a bucket."""
         return Path(self.path) if isinstance(self.fs, pafs.LocalFileSystem) else None
+
+    def inside(self, name: str) -> Location:
+        """What lies below it under this name."""
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}", uri=f"{self.uri.rstrip('/')}/{name}")
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,62 @@ def exists(location: Location) -> bool:
         return bool(location.fs.get_file_info(location.path).type != pafs.FileType.NotFound)
 
 
+def read_bytes(location: Location) -> bytes | None:
+    """What a small file holds; None when there is no such file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with explained(location.uri):
+        if location.fs.get_file_info(location.path).type != pafs.FileType.File:
+            return None
+        with location.fs.open_input_stream(location.path) as stream:
+            return bytes(stream.read())
+
+
+def download(source: Location, target: Path) -> None:
+    """Copies a file here; `target` is there whole or as it was.
+
+    Raises:
+        StorageError: it cannot be read, or came in another length than the store says it has.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with explained(source.uri):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = int(source.fs.get_file_info(source.path).size or 0)
+        with source.fs.open_input_stream(source.path) as stream, partial.open("wb") as copy:
+            shutil.copyfileobj(stream, copy, _COPY_BYTES)
+    if partial.stat().st_size != size:
+        raise StorageError(
+            f"{partial.stat().st_size:,} bytes came, and it has {size:,}", where=source.uri, hint="try again"
+        )
+    partial.replace(target)
+
+
+def upload(source: Path, target: Location, pace: Callable[[int], None] = lambda size: None) -> None:
+    """Copies a file to a disk or bucket; a reader sees it whole or as it was.
+
+    Args:
+        pace: called before each block with its bytes; may wait.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with explained(target.uri):
+        local = target.local
+        path = target.path
+        if local is not None:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            path = str(local.with_name(f".{local.name}.partial"))
+        # Not pyarrow's copy_files: it takes an upload that the store refuses at its end for a success.
+        with source.open("rb") as stream, target.fs.open_output_stream(path) as copy:
+            while block := stream.read(_COPY_BYTES):
+                pace(len(block))
+                copy.write(block)
+        if local is not None:
+            Path(path).replace(local)
+
+
 def publish(folder: Path, target: Location, *, last: str) -> None:
     """Copies the tree `folder` to `target` so that a reader never takes half of it for the whole.
 
@@ -156,10 +216,7 @@ def publish(folder: Path, target: Location, *, last: str) -> None:
             target.fs.delete_file(marker)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / last)
         for path in [*files, folder / last]:
-            # Not pyarrow's copy_files: it takes an upload that the store refuses at its end for a success.
-            name = f"{target.path}/{path.relative_to(folder).as_posix()}"
-            with path.open("rb") as source, target.fs.open_output_stream(name) as copy:
-                shutil.copyfileobj(source, copy, _COPY_BYTES)
+            upload(path, target.inside(path.relative_to(folder).as_posix()))
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class Telemetry:
         self._eval_loss: float | None = None
         self._step_seconds: float | None = None
         self._checkpoint: tuple[int, float] | None = None
-        self._training = self._checkpointing = self._finishing = self._at_risk = 0.0
+        self._training = self._checkpointing = self._finishing = 0.0
+        self._written, self._safe = (0, 0.0), 0.0  # step of the last checkpoint, seconds trained before it
         self._failure: StageFailure | None = None
         self._result: Result | None = None
 
@@ -57,9 +58,13 @@ class Telemetry:
                 self._eval_loss = event["loss"]
                 self._metrics.evaluation_loss.set(event["loss"])
             case "checkpoint":
-                self._checkpoint, self._at_risk = (event["step"], now), 0.0
-                self._checkpointing += event["seconds"]
-                self._metrics.checkpoint_seconds.observe(event["seconds"])
+                self._written = event["step"], self._training
+                self._stood_still(event["seconds"])
+            case "checkpoint-complete":
+                self._checkpoint = event["step"], now
+                if self._written[0] == event["step"]:  # what was trained until it was written is safe now
+                    self._safe = self._written[1]
+                self._stood_still(event["waited"])
             case "spike":
                 self._metrics.spikes.inc()
             case "retry":
@@ -98,7 +103,10 @@ class Telemetry:
             eta=self._eta() if self._state == "training" else None,
             checkpoint=self._newest(now),
             seconds=SpentSeconds(
-                training=self._training, checkpoint=self._checkpointing, finish=finishing, at_risk=self._at_risk
+                training=self._training,
+                checkpoint=self._checkpointing,
+                finish=finishing,
+                at_risk=self._training - self._safe,
             ),
             failure=self._failure,
             result=self._result,
@@ -118,13 +126,17 @@ class Telemetry:
     def _take_step(self, event: Event) -> None:
         self._step, self._last_step = event["step"], event
         self._training += event["seconds"]
-        self._at_risk += event["seconds"]
         if self._tokens is not None:
             self._tokens += event["tokens"]
         last = self._step_seconds
         new = event["seconds"]
         self._step_seconds = new if last is None else (1 - _SMOOTHING) * last + _SMOOTHING * new
         self._metrics.take_step(event)
+
+    def _stood_still(self, seconds: float) -> None:
+        self._checkpointing += seconds
+        if seconds:
+            self._metrics.checkpoint_seconds.observe(seconds)
 
     def _eta(self) -> float | None:
         return None if self._step_seconds is None else (self._total - self._step) * self._step_seconds

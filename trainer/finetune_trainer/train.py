@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from finetune_api.errors import FinetuneError, Interrupted, TrainingError
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
-from finetune_trainer import checkpoint, flops, sampling
+from finetune_trainer import flops, sampling
 from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batches
+from finetune_trainer.checkpoint import CheckpointStore
 from finetune_trainer.clock import StepClock
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.distributed import World, join_world
@@ -34,6 +35,7 @@ from finetune_trainer.manifest import read_manifest
 from finetune_trainer.reporter import MetricsFile, Reporter
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.spikes import MOST_SEQUENCES, SpikeDetector
+from finetune_trainer.storage import Location
 
 _DEFAULT_CHECKPOINT_MINUTES = 10.0
 _SKIPS = 50  # steps in a row that float16's loss scale may take to settle
@@ -47,20 +49,30 @@ class Outcome:
     step: int
 
 
-def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+def train(
+    run: RunConfig,
+    reporter: Reporter,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    remote: Location | None = None,
+    upload_rate: float | None = None,
+) -> Outcome:
     """Trains the run from its last good checkpoint, or from the start, then writes the export folder.
 
     Every worker calls it. Uses the process group that is there, torchrun's environment, or this process alone.
 
     Args:
         reporter: takes the run's events, on rank 0.
-        should_stop: asked on rank 0 once a step; must be quick. True: write a checkpoint and leave.
+        should_stop: asked on every worker once a step; must be quick. True on one: write a checkpoint and leave.
+        remote: the run's folder in object storage, where its checkpoints go; None: they stay in `run.work`, which
+            every worker then shares.
+        upload_rate: most bytes a second that this worker uploads; None: as many as it can.
 
     Raises:
         FinetuneError: the model, the data or the run itself; the same on every worker.
     """
     world = join_world(run.spec.deepspeed.sequence_parallel)
-    loop = _Loop(run, reporter, world)
+    loop = _Loop(run, reporter, world, remote, upload_rate)
     loop.resume()
     outcome = loop.run(should_stop)
     if outcome.reason == "complete":
@@ -72,16 +84,19 @@ def train(run: RunConfig, reporter: Reporter, *, should_stop: Callable[[], bool]
 
 @dataclass(frozen=True)
 class _Asked:
-    """What rank 0 wants done after a step, agreed by all workers."""
+    """What is to be done after a step, agreed by all workers."""
 
     stop: bool
     checkpoint: bool
+    settled: bool  # every worker's part of the last checkpoint is stored
 
 
 class _Loop:
     """One worker's state of a run: engine, data, and the number of finished steps."""
 
-    def __init__(self, run: RunConfig, reporter: Reporter, world: World) -> None:
+    def __init__(
+        self, run: RunConfig, reporter: Reporter, world: World, remote: Location | None, upload_rate: float | None
+    ) -> None:
         prepared, training = Path(run.work) / PREPARED, run.spec.training
         manifest = read_manifest(prepared)
         self.run_config, self.spec, self.training = run, run.spec, training
@@ -94,10 +109,17 @@ class _Loop:
         self.flops = flops.TrainingFlops(self.engine.module.model)
         self.peak_flops = flops.peak_flops(world.device, training.precision)
         self.clock = StepClock(world.device)
-        self.checkpoints = Path(run.work) / CHECKPOINTS
-        self.adapters_only = run.spec.method.tuning == "lora"
-        self.identity = {"data": manifest.key, "seed": training.seed, "global batch": self.order.batch}
-        self.step = 0
+        self.checkpoints = CheckpointStore(
+            self.engine,
+            world,
+            local=Path(run.work) / CHECKPOINTS,
+            remote=remote and remote.inside(CHECKPOINTS),
+            identity={"data": manifest.key, "seed": training.seed, "global batch": self.order.batch},
+            keep=run.spec.checkpoint.keep,
+            report=self.report,
+            bytes_per_second=upload_rate,
+        )
+        self.step = self.saved_step = 0
         self.saved_time = time.monotonic()
         self.skipped = 0
         self.spikes = SpikeDetector()
@@ -108,12 +130,8 @@ class _Loop:
 
     def resume(self) -> None:
         """Loads the newest good checkpoint, if there is any, and says where the run starts. A collective."""
-        found, broken = checkpoint.newest_good(self.checkpoints, self.world)
-        for folder in broken:
-            self.report("warning", message=f"{folder.name} is damaged: going on from the checkpoint before it")
-        if found:
-            checkpoint.load(self.engine, found, self.world, identity=self.identity, trained_only=self.adapters_only)
-            self.step = found.step
+        resumed = self.checkpoints.restore()
+        self.step = self.saved_step = resumed or 0
         total, trained = flops.parameters(self.engine.module)
         self.report(
             "start",
@@ -123,12 +141,14 @@ class _Loop:
             sequences=len(self.data),
             parameters=total,
             trainableParameters=trained,
-            resumedFromStep=found.step if found else None,
+            resumedFromStep=resumed,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> Outcome:
         """Trains to the last step, or until `should_stop`; a checkpoint is there at the end. A collective."""
         every = self.training.evaluate_every_steps
+        if self.world.sums([should_stop()])[0]:
+            return Outcome("interrupted", self.step)
         if self.step == 0:
             self.evaluate()
         while self.step < self.order.steps:
@@ -136,14 +156,16 @@ class _Loop:
                 asked = self.train_step(should_stop)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory() from error
+            self.checkpoints.after_step(asked.settled)
             last = self.step == self.order.steps
             if last or (every and self.step % every == 0):
                 self.evaluate()
             if last or asked.stop or asked.checkpoint:
                 self.save()
             if asked.stop and not last:
-                return Outcome("interrupted", self.step)
-        return Outcome("complete", self.step)
+                break
+        self.checkpoints.finish()
+        return Outcome("complete" if self.step == self.order.steps else "interrupted", self.step)
 
     def train_step(self, should_stop: Callable[[], bool]) -> _Asked:
         """One optimizer step over a global batch, and its report. A collective.
@@ -172,7 +194,8 @@ class _Loop:
             self.clock.end("backward")
             if number < self.accumulation:
                 self.engine.step()  # only counts the micro-batch: the update comes with the last one
-        total, work, stop, due = self.world.sums([nll.item(), operations, *self._wishes(should_stop)])
+        settled = self.checkpoints.settled()
+        total, work, stop, due, through = self.world.sums([nll.item(), operations, should_stop(), self._due(), settled])
         if not math.isfinite(total):
             raise self._diverged("the loss", positions)
         norm = optimizer_step(self.engine)
@@ -199,7 +222,7 @@ class _Loop:
         )
         if spike := self.spikes.event(self.step, total / target, positions):
             self.report("spike", **spike)
-        return _Asked(stop=stop > 0, checkpoint=due > 0)
+        return _Asked(stop=stop > 0, checkpoint=due > 0, settled=through == self.world.size)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -221,20 +244,10 @@ class _Loop:
         )
 
     def save(self) -> None:
-        """Writes a checkpoint and drops old ones. A collective."""
-        started = time.monotonic()
-        written = checkpoint.save(
-            self.engine,
-            self.checkpoints,
-            self.world,
-            step=self.step,
-            identity=self.identity,
-            trained_only=self.adapters_only,
-        )
-        if self.world.rank == 0:
-            checkpoint.prune(self.checkpoints, self.spec.checkpoint.keep)
-        self.saved_time = time.monotonic()
-        self.report("checkpoint", step=self.step, seconds=self.saved_time - started, bytes=written.bytes)
+        """Writes a checkpoint, which becomes complete while training goes on. A collective."""
+        seconds = self.checkpoints.save(self.step)
+        self.saved_step, self.saved_time = self.step, time.monotonic()
+        self.report("checkpoint", step=self.step, seconds=seconds)
 
     def _batches(self, data: PackedDataset, positions: sampling.Positions, count: int) -> Iterator[MicroBatch]:
         return micro_batches(data, positions, self.world, size=self.training.micro_batch, count=count)
@@ -244,15 +257,15 @@ class _Loop:
         words = np.random.SeedSequence([self.training.seed, self.step, self.world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0]))
 
-    def _wishes(self, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
-        """What rank 0 wants after this step, and no other: to stop, to write a checkpoint."""
-        if self.world.rank:
-            return False, False
+    def _due(self) -> bool:
+        """Whether rank 0 wants a checkpoint after this step. While one is on its way the next one waits."""
+        if self.world.rank or self.checkpoints.busy:
+            return False
         wanted = self.spec.checkpoint
         minutes = wanted.every_minutes or (None if wanted.every_steps else _DEFAULT_CHECKPOINT_MINUTES)
-        due = bool(wanted.every_steps) and (self.step + 1) % (wanted.every_steps or 1) == 0
-        due = due or (minutes is not None and time.monotonic() - self.saved_time >= minutes * 60)
-        return should_stop(), due
+        if wanted.every_steps and (self.step + 1) // wanted.every_steps > self.saved_step // wanted.every_steps:
+            return True
+        return minutes is not None and time.monotonic() - self.saved_time >= minutes * 60
 
     def _check_norm(self, norm: float, positions: sampling.Positions) -> None:
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
