@@ -59,18 +59,18 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a flipped bit of the weights": (SHARD, flip(0.5), f"{SHARD} is damaged: its SHA-256 is another"),
     "a flipped bit of the header": (SHARD, flip(0.0), f"{SHARD} is damaged: its SHA-256 is another"),
     "a missing shard": (SHARD, Path.unlink, f"{SHARD} is missing"),
     "a truncated shard": (SHARD, truncate, f"{SHARD} has"),
-    "an empty shard": (SHARD, lambda path: path.write_bytes(b"") and None, f"{SHARD} has 0 bytes instead of"),
+    "an empty shard": (SHARD, lambda path: path.write_bytes(b""), f"{SHARD} has 0 bytes instead of"),
     "a truncated marker": (MARKER, truncate, f"{MARKER} is damaged"),
     "a flipped bit of the marker": (MARKER, flip(0.3), f"{MARKER} is damaged"),
-    "a marker that is no text": (MARKER, lambda path: path.write_bytes(b"\xff\x00") and None, f"{MARKER} is damaged"),
+    "a marker that is no text": (MARKER, lambda path: path.write_bytes(b"\xff\x00"), f"{MARKER} is damaged"),
     "another checkpoint's marker": (
         MARKER,
-        lambda path: path.write_bytes((path.parent.parent / BEFORE / MARKER).read_bytes()) and None,
+        lambda path: path.write_bytes((path.parent.parent / BEFORE / MARKER).read_bytes()),
         f"{MARKER} belongs to {BEFORE}",
     ),
 }
