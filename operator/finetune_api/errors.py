@@ -6,6 +6,7 @@
     ├── ModelError           exit 4   the base model: missing file, no tokenizer, no chat template, pickle weights
     ├── StorageError         exit 5   the bucket or disk: unreachable, refused, full, changed under us
     ├── TrainingError        exit 6   the run itself: NaN loss, out of memory, a worker that died
+    │   └── Hang             exit 6   a worker stood still, and the others waited for it
     ├── ExportError          exit 7   the written weights do not load or do not give the same logits
     ├── GateFailed           exit 8   the run finished and an evaluation gate was missed
     └── Interrupted          exit 130 Ctrl-C or SIGTERM; a checkpoint was written, the same command goes on
@@ -16,6 +17,7 @@ Users see ``where: what`` and a line that says what to do, never a traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 
@@ -61,6 +63,19 @@ class StorageError(FinetuneError):
 
 class TrainingError(FinetuneError):
     exit_code = 6
+
+
+class Hang(TrainingError):
+    def __init__(
+        self, what: str, *, where: str = "", hint: str = "", rank: int | None = None, node: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.rank = rank
+        self.node = node
+
+    def __reduce__(self) -> tuple[object, ...]:
+        again = partial(Hang, where=self.where, hint=self.hint, rank=self.rank, node=self.node)
+        return (again, (self.what,))
 
 
 class ExportError(FinetuneError):

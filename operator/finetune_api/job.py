@@ -299,6 +299,12 @@ class Limits(Model):
 
     retries: int = Field(3, ge=0, le=100, description="Attempts after a failure that is worth retrying.")
     preemptions: int = Field(20, ge=0, le=10_000, description="Attempts after a preemption.")
+    hang_timeout: Duration = Field(
+        "10m",
+        description="A worker that gets on with nothing for so long, and for 20 usual steps, hangs: the attempt ends, "
+        "and the worker and where it stood still are named. At least 5s; six times as long while the model is loaded "
+        "or written.",
+    )
     active_deadline: Duration | None = Field(None, description="Longest life of the job in a cluster, such as 12h.")
     max_cost: float | None = Field(
         None, gt=0, le=1e9, description="Most it may cost in a cluster, in the runtime's currency."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,7 +14,8 @@ Part = Literal["data", "forward", "backward", "optimizer"]
 class StepClock:
     """`start()`, then `end(part)` as often as there are parts, then `seconds()`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on: Callable[[str], None] = lambda part: None) -> None:
+        self._on = on  # told of every part that is done
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[Part | None, float | torch.cuda.Event]] = []
 
@@ -22,6 +24,7 @@ class StepClock:
 
     def end(self, part: Part) -> None:
         self._marks.append((part, self._now()))
+        self._on(part)
 
     def seconds(self) -> dict[Part, float]:
         """Seconds of each part since `start`. On a GPU waits for its work."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from finetune_api.errors import SpecError
 
@@ -67,6 +69,16 @@ class World:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def wait_for_collectives(seconds: float) -> None:
+    """Sets how long a collective may take, for every group that is made from now on, also by libraries.
+
+    torch's own default is 10 minutes with nccl: less than a large model takes to be written by one rank.
+    """
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # where torch looks; there is no function for it
+        assert hasattr(distributed_c10d, name)
+        setattr(distributed_c10d, name, timedelta(seconds=seconds))
 
 
 def join_world(sequence_parallel: int = 1) -> World:

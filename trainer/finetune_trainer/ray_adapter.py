@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -20,9 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FinetuneError, TrainingError
+from finetune_api.errors import FinetuneError, Hang, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
+from finetune_trainer.pulse import watched
 from finetune_trainer.reporter import Event, Progress
+from finetune_trainer.watch import Beat, Order, Verdict, Watch, collective_timeout, hang_limit
 
 # Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
 if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
@@ -37,7 +40,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 _POLL_SECONDS = 0.3
@@ -65,12 +68,28 @@ class _RayReporter:
         return self._stop
 
 
+class _RayWatcher:
+    """A worker's side of the watch's actor."""
+
+    def __init__(self, actor: ActorHandle[Watch]) -> None:
+        self._actor = actor
+
+    def beat(self, beat: Beat) -> Order:
+        order: Order = ray.get(self._actor.beat.remote(beat))
+        return order
+
+    def done(self, rank: int) -> None:
+        self._actor.done.remote(rank)
+
+
 def _worker(config: dict[str, Any]) -> None:
     """Runs on every Ray Train worker."""
     from finetune_trainer.train import train
 
     reporter = _RayReporter(config["progress"])
-    train(RunConfig.model_validate_json(config["run"]), reporter, should_stop=reporter.should_stop)
+    run, rank = RunConfig.model_validate_json(config["run"]), ray.train.get_context().get_world_rank()
+    with watched(_RayWatcher(config["watch"]), rank, platform.node(), hang_limit(run.spec)):
+        train(run, reporter, should_stop=reporter.should_stop)
 
 
 @contextlib.contextmanager
@@ -127,7 +146,7 @@ def train_with_ray(run: RunConfig, on_event: Callable[[Event], None], should_sto
             failure = _attempt(run, scratch, attempt, processes, on_event, should_stop)
             if failure is None:
                 return
-            if not isinstance(failure, _WorkerDied) or should_stop() or attempt == run.spec.limits.retries:
+            if not isinstance(failure, _WorkerDied | Hang) or should_stop() or attempt == run.spec.limits.retries:
                 raise failure
             on_event({"event": "retry", "time": time.time(), "attempt": attempt + 1, "reason": failure.what})
 
@@ -146,11 +165,14 @@ def _attempt(
 ) -> FinetuneError | None:
     """One start of the worker group; what ended it early, or None when it ended well."""
     spec = run.spec
+    limit = hang_limit(spec)
     progress = ray.remote(num_cpus=0)(Progress).remote()
+    watch = ray.remote(num_cpus=0)(Watch).remote(range(processes), limit)
     threads = str(max(1, int(spec.workers.cpus_each)))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": run.model_dump_json(), "progress": progress},
+        train_loop_config={"run": run.model_dump_json(), "progress": progress, "watch": watch},
+        torch_config=TorchConfig(timeout_s=math.ceil(collective_timeout(limit))),
         scaling_config=ScalingConfig(
             num_workers=processes,
             use_gpu=spec.workers.gpus_each > 0,
@@ -169,16 +191,27 @@ def _attempt(
     seen, asked = 0, False
     while True:
         running = fit.is_alive()
+        verdict = ray.get(watch.verdict.remote(look=running))
         events = ray.get(progress.since.remote(seen))
         seen += len(events)
         for event in events:
             on_event(event)
         if not running:
-            return outcome[0]
+            return _hang(verdict, log, on_event) or outcome[0]
         if should_stop() and not asked:
             progress.request_stop.remote()
             asked = True
         fit.join(_POLL_SECONDS)
+
+
+def _hang(verdict: Verdict | None, log: Path, on_event: Callable[[Event], None]) -> Hang | None:
+    """What the watch found: its end of the workers is why Ray Train ended."""
+    if verdict is None:
+        return None
+    hang = verdict.hang
+    log.write_text(f"{hang}\n\n{verdict.stacks}")
+    on_event({"event": "hang", "time": time.time(), "step": verdict.step, "rank": hang.rank, "node": hang.node})
+    return hang
 
 
 def _fit(trainer: Any, log: Path) -> FinetuneError | None:

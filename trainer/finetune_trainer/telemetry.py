@@ -67,6 +67,8 @@ class Telemetry:
                 self._stood_still(event["waited"])
             case "spike":
                 self._metrics.spikes.inc()
+            case "hang":
+                self._metrics.hangs.inc()
             case "retry":
                 self._state = "starting"
                 self._metrics.restarts.inc()
@@ -186,6 +188,7 @@ class Metrics:
         self.gpu_memory = gauge("gpu_memory_bytes", "Most memory of rank 0's GPU in use so far.")
         self.memory = gauge("train_memory_bytes", "Most resident memory of rank 0 so far, where it has no GPU.")
         self.on_gpu = False
+        self.hangs = Counter("finetune_train_hangs", "Times that a worker stood still for too long.", registry=registry)
         self.spikes = Counter(
             "finetune_train_loss_spikes", "Steps whose loss jumped far above those before.", registry=registry
         )

@@ -7,6 +7,8 @@ torchrun --nproc-per-node 8 -m finetune_trainer.train work/run.json
 from __future__ import annotations
 
 import math
+import os
+import platform
 import resource
 import signal
 import sys
@@ -28,14 +30,16 @@ from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batche
 from finetune_trainer.checkpoint import CheckpointStore
 from finetune_trainer.clock import StepClock
 from finetune_trainer.dataset import PackedDataset
-from finetune_trainer.distributed import World, join_world
+from finetune_trainer.distributed import World, join_world, wait_for_collectives
 from finetune_trainer.engine import build_engine, optimizer_step, set_learning_rate
 from finetune_trainer.export import export
 from finetune_trainer.manifest import read_manifest
+from finetune_trainer.pulse import Alone, current_pulse, watched
 from finetune_trainer.reporter import MetricsFile, Reporter
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.spikes import MOST_SEQUENCES, SpikeDetector
 from finetune_trainer.storage import Location
+from finetune_trainer.watch import collective_timeout, hang_limit
 
 _DEFAULT_CHECKPOINT_MINUTES = 10.0
 _SKIPS = 50  # steps in a row that float16's loss scale may take to settle
@@ -71,11 +75,13 @@ def train(
     Raises:
         FinetuneError: the model, the data or the run itself; the same on every worker.
     """
+    wait_for_collectives(collective_timeout(hang_limit(run.spec)))
     world = join_world(run.spec.deepspeed.sequence_parallel)
     loop = _Loop(run, reporter, world, remote, upload_rate)
     loop.resume()
     outcome = loop.run(should_stop)
     if outcome.reason == "complete":
+        loop.pulse.on("export")
         loop.report("export", step=outcome.step)
         export(loop.engine.module.model, run, Path(run.work) / EXPORT, world)
     loop.report("end", step=outcome.step, reason=outcome.reason)
@@ -95,12 +101,17 @@ class _Loop:
     """One worker's state of a run: engine, data, and the number of finished steps."""
 
     def __init__(
-        self, run: RunConfig, reporter: Reporter, world: World, remote: Location | None, upload_rate: float | None
+        self,
+        run: RunConfig,
+        reporter: Reporter,
+        world: World,
+        remote: Location | None,
+        upload_rate: float | None,
     ) -> None:
         prepared, training = Path(run.work) / PREPARED, run.spec.training
         manifest = read_manifest(prepared)
         self.run_config, self.spec, self.training = run, run.spec, training
-        self.reporter, self.world = reporter, world
+        self.reporter, self.world, self.pulse = reporter, world, current_pulse()
         self.data = PackedDataset(prepared, "train")
         self.evaluation_data = PackedDataset(prepared, "evaluation")
         self.order = sampling.order(training, len(self.data), manifest.sequence_length)
@@ -108,7 +119,7 @@ class _Loop:
         self.engine = build_engine(run.model_path, run.spec, world, self.accumulation)
         self.flops = flops.TrainingFlops(self.engine.module.model)
         self.peak_flops = flops.peak_flops(world.device, training.precision)
-        self.clock = StepClock(world.device)
+        self.clock = StepClock(world.device, self.pulse.on)
         self.checkpoints = CheckpointStore(
             self.engine,
             world,
@@ -202,6 +213,7 @@ class _Loop:
         self.clock.end("optimizer")
         self._check_norm(norm, positions)
         self.step += 1
+        self.pulse.step_done(self.step)
         parts = self.clock.seconds()
         seconds = time.perf_counter() - started
         tokens = int(self.data.lengths[positions].sum())
@@ -233,7 +245,10 @@ class _Loop:
         self.engine.eval()
         positions = np.arange(len(self.evaluation_data))
         count = micro_batch_count(len(positions), shares=self.world.data_size, size=self.training.micro_batch)
-        nll = sum(float(self.engine(batch)) for batch in self._batches(self.evaluation_data, positions, count))
+        nll = 0.0
+        for batch in self._batches(self.evaluation_data, positions, count):
+            nll += float(self.engine(batch))
+            self.pulse.on("evaluation")
         weights = float(self.evaluation_data.targets.sum())
         self.report(
             "evaluation",
@@ -246,6 +261,7 @@ class _Loop:
     def save(self) -> None:
         """Writes a checkpoint, which becomes complete while training goes on. A collective."""
         seconds = self.checkpoints.save(self.step)
+        self.pulse.on("checkpoint")
         self.saved_step, self.saved_time = self.step, time.monotonic()
         self.report("checkpoint", step=self.step, seconds=seconds)
 
@@ -301,8 +317,12 @@ def main(path: str) -> int:
     """Trains the run in a run.json under torchrun or in this process; the exit code."""
     run = RunConfig.model_validate_json(Path(path).read_text(encoding="utf-8"))
     stop = _stop_on_signals()
+    rank, limit = int(os.environ.get("RANK", "0")), hang_limit(run.spec)
     try:
-        with MetricsFile(Path(run.work) / METRICS_FILE) as metrics:
+        with (
+            MetricsFile(Path(run.work) / METRICS_FILE) as metrics,
+            watched(Alone(rank, limit), rank, platform.node(), limit),
+        ):
             outcome = train(run, metrics, should_stop=stop)
         if outcome.reason == "interrupted":
             raise Interrupted(
