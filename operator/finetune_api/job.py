@@ -64,7 +64,11 @@ class Dpo(Model):
     """Preference tuning."""
 
     beta: float = Field(0.1, gt=0, le=10, description="How strongly the tuned model is held to the base model.")
-    loss: Literal["sigmoid", "ipo", "length-normalised"] = Field("sigmoid", description="Form of the preference loss.")
+    loss: Literal["sigmoid", "ipo", "length-normalised"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO (https://arxiv.org/abs/2305.18290); ipo (https://arxiv.org/abs/2310.12036) and "
+        "length-normalised, DPO over the mean of an answer's tokens instead of their sum, do not favour long answers.",
+    )
 
 
 class Method(Model):
@@ -79,7 +83,7 @@ class Method(Model):
 ColumnField = Literal[
     "messages", "tools", "prompt", "completion", "text",
     "path", "language", "license", "repository",
-    "question", "documents", "oracle", "distractors", "answer",
+    "question", "documents", "oracle", "distractors", "answer", "chosen", "rejected",
 ]  # fmt: skip
 
 

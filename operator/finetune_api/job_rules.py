@@ -2,76 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from finetune_api.address_rules import MODEL_SCHEMES, SCHEMES, address_rules
 from finetune_api.deepspeed_keys import REFUSED_KEYS, RefusedKey
 from finetune_api.rules import Rule, Value
 
 RAW_KEYS: Final = "spec.deepspeed.config"
-
-# Addresses. The expressions are the same text in RE2 and in Python.
-
-_SCHEME: Final = r"^[A-Za-z][A-Za-z0-9+.-]*:"
-_SCHEMES: Final = r"^(s3|gs|abfs|abfss)://[^/]+|^file:///"
-_MODEL_SCHEMES: Final = (
-    r"^(s3|gs|abfs|abfss)://[^/]+|^file:///|^pvc://[a-z0-9][-a-z0-9.]*(/|$)"
-    r"|^hf://[A-Za-z0-9][-A-Za-z0-9_.]*/[A-Za-z0-9][-A-Za-z0-9_.]*(@[-A-Za-z0-9_./]+)?$"
-)
-_CREDENTIALS: Final = r"://[^@]*:[^@]*@|^(s3|gs)://[^/]*@"
-_UPWARDS: Final = r"(^|/|%2[fF])(\.|%2[eE])(\.|%2[eE])(/|%2[fF]|$)"
-
-
-def _cel_text(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _address_rules(at: str, schemes: str, examples: str) -> tuple[Rule, ...]:
-    return (
-        Rule(
-            at,
-            (),
-            f"!self.matches({_cel_text(_SCHEME)}) || self.matches({_cel_text(schemes)})",
-            "this is not an address that can be read",
-            f"write {examples}, or a path relative to the job file",
-            lambda uri: not re.search(_SCHEME, uri) or re.search(schemes, uri) is not None,
-        ),
-        Rule(
-            at,
-            (),
-            f"!self.matches({_cel_text(_CREDENTIALS)})",
-            "a user and password stand in the address, where everyone can read them",
-            "remove them and give them in the environment or in the runtime's secret",
-            lambda uri: re.search(_CREDENTIALS, uri) is None,
-        ),
-        Rule(
-            at,
-            (),
-            "!self.contains('://') || !(self.contains('?') || self.contains('#'))",
-            "an address must not have options (? or #)",
-            "set endpoint, region and credentials in the environment or in the runtime",
-            lambda uri: "://" not in uri or not ("?" in uri or "#" in uri),
-        ),
-        Rule(
-            at,
-            (),
-            f"!self.matches({_cel_text(_UPWARDS)})",
-            "a path must not go upwards with `..`",
-            "write the whole address, or move the files below the job file's folder",
-            lambda uri: re.search(_UPWARDS, uri) is None,
-        ),
-        Rule(
-            at,
-            (),
-            "self.contains('://')",
-            "a path on your machine is not visible in a cluster",
-            f"write {examples}",
-            lambda uri: "://" in uri,
-            cluster_only=True,
-        ),
-    )
-
 
 _DATA_EXAMPLES: Final = "s3://BUCKET/KEY, gs://BUCKET/KEY, abfs://CONTAINER@ACCOUNT/KEY or file:///PATH"
 _MODEL_EXAMPLES: Final = "hf://ORG/NAME@REVISION, s3://, gs://, abfs://, pvc://CLAIM/PATH or file:///PATH"
@@ -155,10 +93,10 @@ def _measured_prompts(evaluation: Value) -> bool:
 
 
 JOB_RULES: Final[tuple[Rule, ...]] = (
-    *_address_rules("spec.model.source", _MODEL_SCHEMES, _MODEL_EXAMPLES),
-    *_address_rules("spec.data.train[].uri", _SCHEMES, _DATA_EXAMPLES),
-    *_address_rules("spec.data.evaluation[].uri", _SCHEMES, _DATA_EXAMPLES),
-    *_address_rules("spec.output.uri", _SCHEMES, _DATA_EXAMPLES),
+    *address_rules("spec.model.source", MODEL_SCHEMES, _MODEL_EXAMPLES),
+    *address_rules("spec.data.train[].uri", SCHEMES, _DATA_EXAMPLES),
+    *address_rules("spec.data.evaluation[].uri", SCHEMES, _DATA_EXAMPLES),
+    *address_rules("spec.output.uri", SCHEMES, _DATA_EXAMPLES),
     Rule(
         "spec",
         ("output.uri", "data.train", "data.evaluation", "model.source"),
@@ -199,6 +137,30 @@ JOB_RULES: Final[tuple[Rule, ...]] = (
         ("auto", "text", "code"),
         "objective pretrain reads text and code rows only",
         "set method.objective to sft for chat and completion rows",
+    ),
+    Rule(
+        "spec",
+        ("data.overlong", "method.objective"),
+        "self.method.objective != 'dpo' || self.data.overlong != 'split'",
+        "the answers of a pair cannot be split: their pieces would not answer the same prompt",
+        "set data.overlong to error, truncate or drop",
+        lambda spec: spec["method"]["objective"] != "dpo" or spec["data"]["overlong"] != "split",
+    ),
+    Rule(
+        "spec",
+        ("data.loss", "method.objective"),
+        "self.method.objective != 'dpo' || self.data.loss != 'all'",
+        "a preference is between answers, and their prompt is no part of it",
+        "set data.loss to assistant or last-turn",
+        lambda spec: spec["method"]["objective"] != "dpo" or spec["data"]["loss"] != "all",
+    ),
+    Rule(
+        "spec",
+        ("deepspeed.sequenceParallel", "method.objective"),
+        "self.method.objective != 'dpo' || self.deepspeed.sequenceParallel == 1",
+        "the answers of a pair are not shared among processes",
+        "set deepspeed.sequenceParallel to 1",
+        lambda spec: spec["method"]["objective"] != "dpo" or spec["deepspeed"]["sequenceParallel"] == 1,
     ),
     Rule(
         "spec",

@@ -39,13 +39,28 @@ class PromptResult(Model):
     tuned: Answer = Field(description="The tuned model's answer.")
 
 
+class PreferenceResult(Model):
+    """Which answers of the held-out pairs both models prefer."""
+
+    pairs: int = Field(description="Pairs that were looked at.")
+    accuracy_base: float = Field(
+        description="Share whose chosen answer the base model finds likelier, by the mean log-probability of a token."
+    )
+    accuracy_tuned: float = Field(description="The same, tuned.")
+    reward_accuracy: float = Field(
+        description="Share whose chosen answer gained more than the rejected one against the base model."
+    )
+    reward_margin: float = Field(description="How much more: the mean of β·log(tuned / base), chosen less rejected.")
+
+
 class EvaluationResult(Model):
     """Loss on the evaluation rows before and after, over the same tokens."""
 
-    loss_base: float = Field(description="Base model, nats per token.")
-    loss_tuned: float = Field(description="Tuned model, nats per token.")
-    perplexity_base: float = Field(description="exp(lossBase)")
-    perplexity_tuned: float = Field(description="exp(lossTuned)")
+    loss_base: float = Field(description="Base model, nats per token; with objective dpo, per pair.")
+    loss_tuned: float = Field(description="Tuned model, the same.")
+    perplexity_base: float | None = Field(description="exp(lossBase). None with objective dpo.")
+    perplexity_tuned: float | None = Field(description="exp(lossTuned). None with objective dpo.")
+    preference: PreferenceResult | None = Field(None, description="With objective dpo.")
     tokens: float = Field(description="Tokens (their weights added up) in each of the two.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from tests.trainer.workers import in_workers
 TOKENS = 512
 LORA = {"rank": 8, "alpha": 16}
 CASES = [
-    (stage, tuning, precision, recomputed, 1)
+    (stage, tuning, precision, recomputed, 1, "sft")
     for stage, tuning, precision in itertools.product((0, 1, 2, 3), ("full", "lora"), ("fp32", "bf16"))
     for recomputed in ((False, True) if stage == 2 and precision == "bf16" else (False,))
-] + [(2, "full", "bf16", False, 2), (3, "lora", "bf16", True, 2)]
-Case = tuple[int, str, str, bool, int]  # ZeRO stage, tuning, precision, recomputed activations, workers of a sequence
+]
+CASES += [(2, "full", "bf16", False, 2, "sft"), (3, "lora", "bf16", True, 2, "sft")]
+CASES += [(2, "full", "bf16", False, 1, "dpo"), (2, "lora", "fp32", False, 1, "dpo")]
+# ZeRO stage, tuning, precision, recomputed activations, workers of a sequence, objective
+Case = tuple[int, str, str, bool, int, str]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +42,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(model: Path, case: Case) -> RunConfig:
-    stage, tuning, precision, recomputed, shared = case
+    stage, tuning, precision, recomputed, shared, objective = case
     zero = {"reduce_bucket_size": 200_000, "allgather_bucket_size": 200_000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 0}
     return run_config(
         model.parent,
         model,
-        method={"tuning": tuning, "lora": LORA},
+        method={"tuning": tuning, "lora": LORA, "objective": objective},
         data={"sequenceLength": TOKENS},
         training={"precision": precision, "activationCheckpointing": recomputed},
         deepspeed={"zeroStage": stage, "sequenceParallel": shared, "config": {"zero_optimization": zero}},
@@ -73,17 +77,18 @@ def measure(rank: int, runs: list[RunConfig], folder: Path) -> None:
 
     ids = np.arange(TOKENS, dtype=np.int32) % 500
     weights = np.append(0, np.ones(TOKENS - 1)).astype(np.float32)
-    sequence = PackedSequence(ids, weights, np.array([TOKENS], np.int32))
+    one = PackedSequence(ids, weights, np.array([TOKENS], np.int32))
+    two = replace(one, documents=np.array([TOKENS // 2] * 2, np.int32), references=np.full(2, -900, np.float32))
     peaks = []
     for run in runs:
         world = join_world(run.spec.deepspeed.sequence_parallel)
-        batch = collate([sequence], world.sequence)
+        batch = collate([two if run.spec.method.objective == "dpo" else one], world.sequence)
         before = live()  # kept, so that nothing of it is freed meanwhile
         engine = build_engine(run.model_path, run.spec, world, 2)
 
         def step(engine: Any = engine, batch: MicroBatch = batch) -> None:
             for number in range(2):
-                engine.backward(engine(batch), scale_wrt_gas=False)
+                engine.backward(engine(batch).reshape(-1)[0], scale_wrt_gas=False)
                 if number == 0:
                     engine.step()
             optimizer_step(engine)

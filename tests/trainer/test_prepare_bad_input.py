@@ -221,12 +221,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "where"),
     [
-        ({"data": {"train": [{"uri": "rows.jsonl", "format": "preference"}]}}, "spec.data.train[0].format"),
         ({"data": {"evaluation": [{"uri": "rows.jsonl", "weight": 2}]}}, "spec.data.evaluation[0].weight"),
         ({"data": {"sequenceLength": 4096}}, "spec.data.sequenceLength"),
         ({"data": {"train": [{"uri": "s3://key:secret@bucket/rows.jsonl"}]}}, "spec.data.train[0].uri"),
         ({"data": {"train": [{"uri": "http://host/rows.jsonl"}]}}, "spec.data.train[0].uri"),
-        ({"method": {"objective": "dpo"}}, "spec.method.objective"),
     ],
 )
 def test_what_cannot_be_prepared_is_named_by_field(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from finetune_api.errors import ModelError
+from finetune_trainer.prepare.fields import BadRow, Message
 from finetune_trainer.prepare.render import Renderer
-from finetune_trainer.prepare.rows import BadRow, Message, check_row, detect
+from finetune_trainer.prepare.rows import check_row, detect
 from finetune_trainer.tokenizer import load_tokenizer
 from tests.tiny import CHATML, tiny_tokenizer
 

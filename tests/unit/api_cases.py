@@ -104,6 +104,26 @@ BROKEN_JOBS: list[Broken] = [
     ),
     Broken({"spec.data.train[0].format": "preference"}, "spec.method.objective", "for objective dpo"),
     Broken(
+        {"spec.method.objective": "dpo", "spec.data.train[0].format": "preference", "spec.data.overlong": "split"},
+        "spec.data.overlong",
+        "cannot be split",
+    ),
+    Broken(
+        {"spec.method.objective": "dpo", "spec.data.train[0].format": "preference", "spec.data.loss": "all"},
+        "spec.data.loss",
+        "between answers",
+    ),
+    Broken(
+        {
+            "spec.method.objective": "dpo",
+            "spec.data.train[0].format": "preference",
+            "spec.workers.count": 2,
+            "spec.deepspeed.sequenceParallel": 2,
+        },
+        "spec.deepspeed.sequenceParallel",
+        "not shared among processes",
+    ),
+    Broken(
         {"spec.method.objective": "pretrain", "spec.data.train[0].format": "chat"},
         "spec.method.objective",
         "text and code rows only",

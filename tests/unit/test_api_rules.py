@@ -58,6 +58,8 @@ _CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "spec.data.train[0].format": st.sampled_from(["auto", "chat", "text", "preference"]),
     "spec.data.evaluation": st.lists(st.fixed_dictionaries({"uri": _ADDRESSES}), max_size=2),
     "spec.data.evaluationFraction": st.sampled_from([0, 0.0, 0.5]),
+    "spec.data.overlong": st.sampled_from(["error", "split", "drop"]),
+    "spec.data.loss": st.sampled_from(["assistant", "all"]),
     "spec.data.sequenceLength": st.integers(16, 4096),
     "spec.method.objective": st.sampled_from(["sft", "pretrain", "dpo"]),
     "spec.training.tokensPerBatch": st.integers(16, 8192),

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.prepare.rows import FIELDS, BadRow, RowFormat, check_row, detect, normalised
+from finetune_trainer.prepare.fields import BadRow
+from finetune_trainer.prepare.rows import FIELDS, RowFormat, check_row, detect, normalised
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}
@@ -20,6 +21,8 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
         ({"prompt": "a", "completion": "b"}, "completion"),
         ({"text": "a", "id": 7, "source": "web"}, "text"),
         ({"text": "a", "messages": None}, "text"),
+        ({"chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
     ],
 )
 def test_a_format_is_recognised_by_its_fields(fields: dict[str, Any], expected: str) -> None:
@@ -35,11 +38,6 @@ def test_a_row_that_matches_two_formats_is_refused(left: RowFormat, right: RowFo
     else:
         with pytest.raises(BadRow, match="matches two formats"):
             detect(fields)
-
-
-def test_a_format_of_a_later_version_is_said_to_be_one() -> None:
-    with pytest.raises(BadRow, match="not available yet"):
-        detect({"chosen": "a", "rejected": "b"})
 
 
 def test_a_conversation_with_system_and_tools_is_a_row() -> None:

@@ -37,6 +37,16 @@ def test_a_step_says_loss_speed_and_time_left() -> None:
     assert status.update(STEP) == "step 20/120  loss 1.5000  1,234 tokens/s  ETA 3:20"
 
 
+def test_a_step_of_preferences_says_their_margin_too() -> None:
+    status = TrainingStatus()
+    status.update(START)
+    assert "  loss 1.5000  margin 0.250  " in status.update(STEP | {"pairs": 4, "rewardMargin": 0.25})
+    evaluation = {"event": "evaluation", "step": 20, "loss": 0.5, "pairs": 9, "likelihoodAccuracy": 2 / 3}
+    assert status.update(evaluation) == "step 20/120  evaluation loss 0.5000  chosen likelier 67%"
+    references = {"event": "references", "done": 3, "total": 9, "seconds": 1.0}
+    assert status.update(references) == "base model's view of the pairs: 3 of 9 sequences"
+
+
 def test_mfu_is_shown_where_the_peak_is_known() -> None:
     status = TrainingStatus()
     status.update(START)

@@ -95,6 +95,17 @@ def test_metrics_follow_the_steps() -> None:
     assert found["finetune_train_memory_bytes", ""] == 1 << 30
 
 
+def test_metrics_of_preferences_are_margins_and_shares_of_pairs() -> None:
+    figures = {"pairs": 4.0, "rewardMargin": 0.5, "rewardAccuracy": 0.75, "likelihoodAccuracy": 0.25}
+    evaluation = {"event": "evaluation", "step": 1, "loss": 0.6} | figures | {"rewardMargin": 0.25}
+    found = samples(trained(START, step(1) | figures, evaluation))
+    assert found["finetune_train_reward_margin", ""] == 0.5
+    assert found["finetune_train_reward_accuracy_ratio", ""] == 0.75
+    assert found["finetune_eval_reward_margin", ""] == 0.25
+    assert found["finetune_eval_reward_accuracy_ratio", ""] == 0.75
+    assert found["finetune_eval_likelihood_accuracy_ratio", ""] == 0.25
+
+
 def test_spikes_are_counted() -> None:
     spike = {"event": "spike", "step": 2, "loss": 9.0, "expected": 2.0, "sequences": [4]}
     assert samples(trained(START, step(1), step(2, loss=9.0), spike))["finetune_train_loss_spikes_total", ""] == 1

@@ -34,6 +34,8 @@ class MicroBatch:
     predicting: Tensor  # [P]: where the model predicts a token that counts
     targets: Tensor  # [P]: the token that follows there
     weights: Tensor  # [P], float32: how much it counts
+    owners: Tensor  # [P]: the document that the token is of; the first one for filling
+    references: Tensor  # [D], float32: for preferences, the documents' log-probabilities in the reference model; or [0]
     lengths: npt.NDArray[np.int64]  # tokens of each document, without filling
     sequence: SequenceGroup | None = None  # shares the row: ids, positions and predictions are this worker's part of it
 
@@ -69,6 +71,8 @@ def collate(sequences: Sequence[PackedSequence], sequence: SequenceGroup | None 
         predicting=torch.from_numpy(_filled([learned - 1 - start], np.int64)),
         targets=torch.from_numpy(_filled([ids[learned]], np.int64)),
         weights=torch.from_numpy(_filled([weights[learned]], np.float32)),
+        owners=torch.from_numpy(_filled([np.repeat(np.arange(every.size), every)[learned]], np.int64)),
+        references=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s.references for s in sequences)])),
         lengths=lengths,
         sequence=sequence,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,21 @@ class PackedSequence:
     """One packed sequence of T tokens and D documents. Arrays may be read-only views of the file.
 
     input_ids: int32 [T]; weights: float32 [T], the loss weight of predicting this token from those before it;
-    documents: int32 [D], the documents' lengths, which add up to T.
+    documents: int32 [D], the documents' lengths, which add up to T; references: float32 [D], the log-probability of
+    each document's answer in the reference model, for preferences, else [0].
     """
 
     input_ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     documents: npt.NDArray[np.int32]
+    references: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 class PackedDataset:
     """The sequences of one split of a prepared folder, in the order they were written.
 
     targets: float64 [N], sum of weights of each sequence; lengths: int64 [N], tokens; documents: int64 [N], counts.
+    references: float32, one for each document of all sequences in turn, or empty; who computes them sets them.
 
     Raises:
         StorageError: nothing is prepared in the folder, or a shard is missing or of another size than when written.
@@ -51,6 +54,8 @@ class PackedDataset:
         self.targets = self._column("target").astype(np.float64)
         self.lengths = self._list_lengths("input_ids")
         self.documents = self._list_lengths("documents")
+        self.document_starts = np.cumsum(self.documents) - self.documents
+        self.references = np.zeros(0, np.float32)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -69,6 +74,7 @@ class PackedDataset:
             input_ids=values("input_ids").astype(np.int32, copy=False),
             weights=values("weights").astype(np.float32),
             documents=values("documents").astype(np.int32, copy=False),
+            references=self.references[self.document_starts[index] :][: self.documents[index]],
         )
 
     def _column(self, name: str) -> npt.NDArray[np.float32]:

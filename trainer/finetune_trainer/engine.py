@@ -19,13 +19,15 @@ from finetune_trainer.distributed import World
 from finetune_trainer.loss import LanguageModelLoss
 from finetune_trainer.model import load_model, optimizer_groups
 from finetune_trainer.planning import planned_stage
+from finetune_trainer.preference import PreferenceLoss
 from finetune_trainer.weights import on_rank_0
 
 _LOGITS_ERROR: Final = 2**-6  # a unit in bfloat16's last place or two; scaled or bounded logits differ by far more
 
 
 def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulation: int) -> Any:
-    """Loads the model and wraps it: `engine(micro_batch)` is its loss, `engine.module.model` the model itself.
+    """Loads the model and wraps it: `engine(micro_batch)` gives the loss, or sums of which it is the first, and
+    `engine.module.model` is the model itself.
 
     Args:
         accumulation: micro-batches of one worker in each optimizer step.
@@ -44,7 +46,8 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
     deepspeed = _import_deepspeed(world)
     config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda")
     stage = config["zero_optimization"]["stage"]
-    loss = LanguageModelLoss(load_model(model_path, spec, config))
+    model = load_model(model_path, spec, config)
+    loss = PreferenceLoss(model, spec.method.dpo) if spec.method.objective == "dpo" else LanguageModelLoss(model)
     if loss.output is not None and stage == 3:
         for parameter in loss.output.linear.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(loss.output, parameter)

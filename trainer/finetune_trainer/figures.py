@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_api.errors import TrainingError
-from finetune_api.result import EvaluationResult, TrainingResult
+from finetune_api.result import EvaluationResult, PreferenceResult, TrainingResult
 
 Event = Mapping[str, Any]
 
@@ -56,12 +56,26 @@ def evaluation_result(events: Iterable[Event]) -> EvaluationResult | None:
     if len(evaluations) < 2 or evaluations[0]["step"] != 0:
         return None
     base, tuned = evaluations[0], evaluations[-1]
+    preference = _preference(base, tuned)
     return EvaluationResult(
         loss_base=base["loss"],
         loss_tuned=tuned["loss"],
-        perplexity_base=perplexity(base["loss"]),
-        perplexity_tuned=perplexity(tuned["loss"]),
+        perplexity_base=None if preference else perplexity(base["loss"]),
+        perplexity_tuned=None if preference else perplexity(tuned["loss"]),
+        preference=preference,
         tokens=tuned["tokens"],
+    )
+
+
+def _preference(base: Event, tuned: Event) -> PreferenceResult | None:
+    if "pairs" not in tuned:
+        return None
+    return PreferenceResult(
+        pairs=round(tuned["pairs"]),
+        accuracy_base=base["likelihoodAccuracy"],
+        accuracy_tuned=tuned["likelihoodAccuracy"],
+        reward_accuracy=tuned["rewardAccuracy"],
+        reward_margin=tuned["rewardMargin"],
     )
 
 

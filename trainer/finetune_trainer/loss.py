@@ -71,6 +71,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+@torch.no_grad()
+def _token_nll(
+    hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, device_type: str | None = None
+) -> Tensor:
+    """cross_entropy(hidden @ matrixᵀ + bias, targets) of each position, in float32 and without a gradient."""
+    rows = max(1, _CHUNK_BYTES[device_type or hidden.device.type] // (4 * matrix.shape[0]))
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(F.linear(h, matrix, bias).float(), t, reduction="none") for h, t in parts])
+
+
 class _OutputLayer(nn.Module):
     """Applies a model's output layer and the loss in one.
 
@@ -87,7 +97,10 @@ class _OutputLayer(nn.Module):
     def linear(self) -> nn.Linear:
         return self._linear[0]
 
-    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Σ weights · nll, or without weights each position's nll, which has no gradient."""
+        if weights is None:
+            return _token_nll(hidden, self.linear.weight, self.linear.bias, targets, self._device_type)
         total: Tensor = _LinearCrossEntropy.apply(
             hidden, self.linear.weight, self.linear.bias, targets, weights, torch.is_grad_enabled(), self._device_type
         )
@@ -115,25 +128,43 @@ class LanguageModelLoss(nn.Module):
     def forward(self, batch: MicroBatch, *, logits_error: bool = False) -> Tensor:
         """The loss; or, with `logits_error`, the largest relative difference of the output layer's logits and the
         model's own."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-            "cu_seq_lens_q": batch.boundaries,
-            "cu_seq_lens_k": batch.boundaries,
-            "max_length_q": batch.longest,
-            "max_length_k": batch.longest,
-        }
-        if batch.sequence is not None:
-            inputs["sequence"] = batch.sequence
-        if self.output is not None and (self.fused or logits_error):
-            hidden = inner_model(self.model).get_decoder()(**inputs).last_hidden_state[0, batch.predicting]
-            if not logits_error:
-                total: Tensor = self.output(hidden, batch.targets, batch.weights)
-                return total
-        logits: Tensor = self.model(**inputs, logits_to_keep=batch.predicting).logits[0].float()
         if logits_error:
-            assert self.output is not None
-            error: Tensor = (logits - self.output.linear(hidden).float()).abs().max() / logits.abs().max()
-            return error
-        return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+            return self._logits_error(batch)
+        if self.output is not None and self.fused:
+            total: Tensor = self.output(self.hidden(batch), batch.targets, batch.weights)
+            return total
+        return (self.token_nll(batch) * batch.weights).sum()
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """What goes into the output layer where something is predicted, [P, width]."""
+        states: Tensor = inner_model(self.model).get_decoder()(**_inputs(batch)).last_hidden_state
+        return states[0, batch.predicting]
+
+    def token_nll(self, batch: MicroBatch) -> Tensor:
+        """Each prediction's nll, [P] in float32, from the model's own logits."""
+        return F.cross_entropy(self._logits(batch), batch.targets, reduction="none")
+
+    def _logits(self, batch: MicroBatch) -> Tensor:
+        logits: Tensor = self.model(**_inputs(batch), logits_to_keep=batch.predicting).logits
+        return logits[0].float()
+
+    def _logits_error(self, batch: MicroBatch) -> Tensor:
+        assert self.output is not None
+        hidden, logits = self.hidden(batch), self._logits(batch)
+        error: Tensor = (logits - self.output.linear(hidden).float()).abs().max() / logits.abs().max()
+        return error
+
+
+def _inputs(batch: MicroBatch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "cu_seq_lens_q": batch.boundaries,
+        "cu_seq_lens_k": batch.boundaries,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
+    if batch.sequence is not None:
+        inputs["sequence"] = batch.sequence
+    return inputs

@@ -75,7 +75,13 @@ def results(result: Result) -> list[list[str]]:
     rows = []
     if e := result.evaluation:
         rows.append(["evaluation loss", f"{e.loss_base:.4f}", f"{e.loss_tuned:.4f}"])
-        rows.append(["perplexity", f"{e.perplexity_base:.4g}", f"{e.perplexity_tuned:.4g}"])
+        if e.perplexity_base is not None:
+            rows.append(["perplexity", f"{e.perplexity_base:.4g}", f"{e.perplexity_tuned:.4g}"])
+        if p := e.preference:
+            rows.append(
+                [f"chosen answer likelier, of {p.pairs} pairs", f"{p.accuracy_base:.0%}", f"{p.accuracy_tuned:.0%}"]
+            )
+            rows.append(["reward margin", "0", f"{p.reward_margin:.3g}"])
     if asked := checked(result.prompts):
         of = len(asked)
         rows.append(["prompts as asked", f"{passed_by_base(asked)} of {of}", f"{passed(asked)} of {of}"])

@@ -53,7 +53,10 @@ class TrainingStatus:
             case "step":
                 self._take_step(event)
             case "evaluation":
-                self._line = f"step {event['step']}/{self.total}  evaluation loss {event['loss']:.4f}"
+                accuracy = f"  chosen likelier {event['likelihoodAccuracy']:.0%}" if "pairs" in event else ""
+                self._line = f"step {event['step']}/{self.total}  evaluation loss {event['loss']:.4f}{accuracy}"
+            case "references":
+                self._line = f"base model's view of the pairs: {event['done']} of {event['total']} sequences"
             case "checkpoint":
                 self._line = f"step {event['step']}/{self.total}  checkpoint written in {event['seconds']:.1f} s"
             case "retry":
@@ -76,8 +79,10 @@ class TrainingStatus:
         last = self._step_seconds
         self._step_seconds = event["seconds"] if last is None else 0.9 * last + 0.1 * event["seconds"]
         mfu = f"  MFU {event['mfu']:.1%}" if event.get("mfu") is not None else ""
+        margin = f"  margin {event['rewardMargin']:.3f}" if "pairs" in event else ""
         self._line = (
-            f"step {self.step}/{self.total}  loss {event['loss']:.4f}  {event['tokensPerSecond']:,.0f} tokens/s{mfu}"
+            f"step {self.step}/{self.total}  loss {event['loss']:.4f}{margin}"
+            f"  {event['tokensPerSecond']:,.0f} tokens/s{mfu}"
             f"  ETA {clock((self.total - self.step) * self._step_seconds)}"
         )
 

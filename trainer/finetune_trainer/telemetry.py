@@ -6,6 +6,7 @@ nothing heavy: an actor on the head of a cluster can hold it as well as the driv
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, generate_latest
@@ -56,7 +57,7 @@ class Telemetry:
                 self._take_step(event)
             case "evaluation":
                 self._eval_loss = event["loss"]
-                self._metrics.evaluation_loss.set(event["loss"])
+                self._metrics.take_evaluation(event)
             case "checkpoint":
                 self._written = event["step"], self._training
                 self._stood_still(event["seconds"])
@@ -166,6 +167,13 @@ class Metrics:
 
         self.loss = gauge("train_loss", "Training loss of the last step, in nats per token.")
         self.evaluation_loss = gauge("eval_loss", "Loss of the last evaluation, in nats per token.")
+        self.margin = gauge("train_reward_margin", "Reward of chosen less rejected answers, last step (objective dpo).")
+        self.accuracy = gauge("train_reward_accuracy_ratio", "Share of pairs with such a margin above 0, last step.")
+        self.evaluation_margin = gauge("eval_reward_margin", "Reward margin of the last evaluation (objective dpo).")
+        self.evaluation_accuracy = gauge("eval_reward_accuracy_ratio", "Share of its pairs with a margin above 0.")
+        self.likelihood_accuracy = gauge(
+            "eval_likelihood_accuracy_ratio", "Share of its pairs whose chosen answer is likelier, per token."
+        )
         self.step = gauge("train_step", "Optimizer steps done.")
         self.total_steps = gauge("train_planned_steps", "Optimizer steps of the whole run.")
         self.epoch = gauge("train_epochs", "Passes over the rows so far.")
@@ -215,12 +223,28 @@ class Metrics:
             (self.step, "step"),
             (self.epoch, "epoch"),
             (self.loss, "loss"),
+            (self.margin, "rewardMargin"),
+            (self.accuracy, "rewardAccuracy"),
             (self.speed, "tokensPerSecond"),
             (self.mfu, "mfu"),
             (self.norm, "gradNorm"),
             (self.rate, "learningRate"),
             (self.gpu_memory if self.on_gpu else self.memory, "memoryBytes"),
         )
-        for gauge, name in figures:
-            if event.get(name) is not None:
-                gauge.set(event[name])
+        _set(figures, event)
+
+    def take_evaluation(self, event: Event) -> None:
+        """Takes an evaluation's figures."""
+        figures = (
+            (self.evaluation_loss, "loss"),
+            (self.evaluation_margin, "rewardMargin"),
+            (self.evaluation_accuracy, "rewardAccuracy"),
+            (self.likelihood_accuracy, "likelihoodAccuracy"),
+        )
+        _set(figures, event)
+
+
+def _set(figures: Iterable[tuple[Gauge, str]], event: Event) -> None:
+    for gauge, name in figures:
+        if event.get(name) is not None:
+            gauge.set(event[name])

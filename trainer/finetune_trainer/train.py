@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from finetune_api.errors import FinetuneError, Interrupted, TrainingError
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
-from finetune_trainer import flops, sampling
+from finetune_trainer import flops, references, sampling
 from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batches
 from finetune_trainer.checkpoint import CheckpointStore
 from finetune_trainer.clock import StepClock
@@ -34,11 +34,12 @@ from finetune_trainer.distributed import World, join_world, wait_for_collectives
 from finetune_trainer.engine import build_engine, optimizer_step, set_learning_rate
 from finetune_trainer.export import export
 from finetune_trainer.manifest import read_manifest
+from finetune_trainer.objective import Objective
 from finetune_trainer.pulse import Alone, current_pulse, watched
 from finetune_trainer.reporter import MetricsFile, Reporter
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.spikes import MOST_SEQUENCES, SpikeDetector
-from finetune_trainer.storage import Location
+from finetune_trainer.storage import Location, resolve
 from finetune_trainer.watch import collective_timeout, hang_limit
 
 _DEFAULT_CHECKPOINT_MINUTES = 10.0
@@ -78,8 +79,11 @@ def train(
     wait_for_collectives(collective_timeout(hang_limit(run.spec)))
     world = join_world(run.spec.deepspeed.sequence_parallel)
     loop = _Loop(run, reporter, world, remote, upload_rate)
-    loop.resume()
-    outcome = loop.run(should_stop)
+    if not loop.find_references(should_stop):
+        outcome = Outcome("interrupted", 0)
+    else:
+        loop.resume()
+        outcome = loop.run(should_stop)
     if outcome.reason == "complete":
         loop.pulse.on("export")
         loop.report("export", step=outcome.step)
@@ -114,6 +118,8 @@ class _Loop:
         self.reporter, self.world, self.pulse = reporter, world, current_pulse()
         self.data = PackedDataset(prepared, "train")
         self.evaluation_data = PackedDataset(prepared, "evaluation")
+        self.objective = Objective(run.spec)
+        self.counts = self.objective.counts(self.data)
         self.order = sampling.order(training, len(self.data), manifest.sequence_length)
         self.accumulation = micro_batch_count(self.order.batch, shares=world.data_size, size=training.micro_batch)
         self.engine = build_engine(run.model_path, run.spec, world, self.accumulation)
@@ -130,6 +136,8 @@ class _Loop:
             report=self.report,
             bytes_per_second=upload_rate,
         )
+        work = remote or resolve(run.work, run.base_dir, where="work")
+        self.references, self.data_key = work.inside(references.FILE), manifest.key
         self.step = self.saved_step = 0
         self.saved_time = time.monotonic()
         self.skipped = 0
@@ -138,6 +146,30 @@ class _Loop:
     def report(self, event: str, **fields: object) -> None:
         if self.world.rank == 0:
             self.reporter.event({"event": event, "time": time.time(), **fields})
+
+    def find_references(self, should_stop: Callable[[], bool]) -> bool:
+        """What preferences are learned against, while the weights are still the base model's. A collective.
+
+        Returns:
+            Whether training can begin; False: it was asked to stop meanwhile.
+        """
+        if not self.objective.pairs:
+            return True
+
+        def asked() -> bool:
+            self.pulse.on("references")
+            return should_stop()
+
+        return references.find(
+            self.engine,
+            {"train": self.data, "evaluation": self.evaluation_data},
+            self.world,
+            size=self.training.micro_batch,
+            kept=self.references,
+            key=f"{self.data_key} {self.spec.model.source} {self.training.precision}",
+            report=self.report,
+            should_stop=asked,
+        )
 
     def resume(self) -> None:
         """Loads the newest good checkpoint, if there is any, and says where the run starts. A collective."""
@@ -186,28 +218,30 @@ class _Loop:
         """
         started = time.perf_counter()
         positions = self.order.positions(self.step)
-        target = float(self.data.targets[positions].sum()) or 1.0  # 1 where nothing is learned: the loss is 0
+        count = float(self.counts[positions].sum()) or 1.0  # 1 where nothing is learned: the loss is 0
         rate = learning_rate(self.step, self.order.steps, self.training)
         set_learning_rate(self.engine, rate)
         self._seed_dropout()
         self.engine.train()
         self.clock.start()
-        nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(1 + len(self.objective.figures), dtype=torch.float64, device=self.world.device)
         operations = 0.0
         for number, batch in enumerate(self._batches(self.data, positions, self.accumulation), 1):
             operations += self.flops.of(batch.lengths) * self.world.data_size / self.world.size
             self.clock.end("data")
-            loss = self.engine(batch)
-            nll += loss.detach()
+            found = self.engine(batch).reshape(-1)
+            sums += found.detach()
             self.clock.end("forward")
-            # The engine takes the mean of the workers' gradients; the loss is over the tokens of all of them.
-            self.engine.backward(loss * (self.world.size / target), scale_wrt_gas=False)
+            # The engine takes the mean of the workers' gradients; the loss is over what all of them learn.
+            self.engine.backward(found[0] * (self.world.size / count), scale_wrt_gas=False)
             self.clock.end("backward")
             if number < self.accumulation:
                 self.engine.step()  # only counts the micro-batch: the update comes with the last one
         settled = self.checkpoints.settled()
-        total, work, stop, due, through = self.world.sums([nll.item(), operations, should_stop(), self._due(), settled])
-        if not math.isfinite(total):
+        asked = [should_stop(), self._due(), settled]
+        work, stop, due, through, *totals = self.world.sums([operations, *asked, *sums.tolist()])
+        means = self.objective.means(totals, count)
+        if not math.isfinite(means["loss"]):
             raise self._diverged("the loss", positions)
         norm = optimizer_step(self.engine)
         self.clock.end("optimizer")
@@ -221,40 +255,39 @@ class _Loop:
             "step",
             step=self.step,
             epoch=self.order.epoch(self.step),
-            loss=total / target,
+            **means,
             learningRate=rate,
             gradNorm=norm if math.isfinite(norm) else None,
             tokens=tokens,
-            targetTokens=target,
+            targetTokens=float(self.data.targets[positions].sum()) or 1.0,
             seconds=seconds,
             parts=parts,
             tokensPerSecond=tokens / seconds,
             mfu=work / seconds / self.world.size / self.peak_flops if self.peak_flops else None,
             memoryBytes=_peak_memory(self.world.device),
         )
-        if spike := self.spikes.event(self.step, total / target, positions):
+        if spike := self.spikes.event(self.step, means["loss"], positions):
             self.report("spike", **spike)
         return _Asked(stop=stop > 0, checkpoint=due > 0, settled=through == self.world.size)
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Reports the loss over the evaluation split, if there is one: Σ weights·nll / Σ weights. A collective."""
+        """Reports the loss over the evaluation split, if there is one, as that of a step. A collective."""
         if not len(self.evaluation_data):
             return
         started = time.perf_counter()
         self.engine.eval()
         positions = np.arange(len(self.evaluation_data))
         count = micro_batch_count(len(positions), shares=self.world.data_size, size=self.training.micro_batch)
-        nll = 0.0
+        sums = np.zeros(1 + len(self.objective.figures))
         for batch in self._batches(self.evaluation_data, positions, count):
-            nll += float(self.engine(batch))
+            sums += np.array(self.engine(batch).reshape(-1).tolist())
             self.pulse.on("evaluation")
-        weights = float(self.evaluation_data.targets.sum())
         self.report(
             "evaluation",
             step=self.step,
-            loss=self.world.sums([nll])[0] / weights,
-            tokens=weights,
+            **self.objective.means(self.world.sums(sums.tolist()), self.objective.counts(self.evaluation_data).sum()),
+            tokens=float(self.evaluation_data.targets.sum()),
             seconds=time.perf_counter() - started,
         )
 

@@ -104,6 +104,7 @@ def verdict(
     if evaluation:
         how = "did not fall" if worse_loss else "fell"
         sentences.append(f"Evaluation loss {how}: {evaluation.loss_base:.3f} → {evaluation.loss_tuned:.3f}.")
+        sentences += _preference_sentences(evaluation)
     if refusals:
         sentences.append(_refusal_sentence(refusals))
     if middles:
@@ -128,6 +129,13 @@ def verdict(
     else:
         state = "good"
     return Verdict.model_validate({"state": state, "sentence": " ".join(sentences)})
+
+
+def _preference_sentences(evaluation: EvaluationResult) -> list[str]:
+    if (p := evaluation.preference) is None:
+        return []
+    base = f"(base model: {p.accuracy_base:.0%})"
+    return [f"Of {p.pairs} held-out pairs it finds the chosen answer likelier in {p.accuracy_tuned:.0%} {base}."]
 
 
 def _refusal_sentence(refusals: RefusalResult) -> str:

@@ -138,10 +138,11 @@ class Planner:
         shared = spec.deepspeed.sequence_parallel
         tokens = -(-training.micro_batch * spec.data.sequence_length // (shared * _MULTIPLE)) * _MULTIPLE
         lora = method.lora.model_dump_json() if method.tuning == "lora" else None
-        key = (tokens, shared, lora, training.precision, training.activation_checkpointing)
+        dpo = method.dpo if method.objective == "dpo" else None
+        key = (tokens, shared, lora, training.precision, training.activation_checkpointing, dpo is None)
         if key not in self._followed:
             model = build(self._folder, spec)
-            self._followed[key] = sizes(model), trace(model, tokens, self._device)
+            self._followed[key] = sizes(model), trace(model, tokens, self._device, dpo)
         return self._followed[key]
 
 

@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from finetune_api.errors import ModelError
-from finetune_api.job import FinetuneJobSpec
+from finetune_api.job import Dpo, FinetuneJobSpec
 from finetune_trainer.batches import MicroBatch
 from finetune_trainer.loss import LanguageModelLoss
 from finetune_trainer.model import DTYPES, add_adapters, check_shared_sequence, supports_packed_attention
+from finetune_trainer.preference import PreferenceLoss
 from finetune_trainer.weights import inner_model
 
 Device = Literal["cpu", "cuda"]
@@ -107,8 +108,11 @@ def sizes(model: nn.Module) -> Sizes:
     )
 
 
-def trace(model: Any, tokens: int, device: Device) -> Pass:
+def trace(model: Any, tokens: int, device: Device, dpo: Dpo | None = None) -> Pass:
     """What a pass over one document of `tokens` tokens, each of them learned, holds on a device.
+
+    Args:
+        dpo: the document is a pair of answers to learn a preference from.
 
     Raises:
         ModelError: the architecture is not one that trains with packed attention, or its shapes depend on values.
@@ -118,7 +122,7 @@ def trace(model: Any, tokens: int, device: Device) -> Pass:
         raise _unplanned(base)
     _register_attention(device)
     base.set_attn_implementation(_ATTENTION)
-    loss = LanguageModelLoss(model, device)
+    loss = LanguageModelLoss(model, device) if dpo is None else PreferenceLoss(model, dpo, device)
     config = base.config.get_text_config()
     loss.fused = loss.fused and all(getattr(config, name, None) in (None, 1.0) for name in _LOGIT_SCALES)
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
@@ -127,7 +131,7 @@ def trace(model: Any, tokens: int, device: Device) -> Pass:
     hooks.append(base.get_decoder().register_forward_hook(lambda *_: at_loss.__setitem__(0, allocations.live)))
     try:
         with _quiet(), allocations:
-            loss(_micro_batch(tokens)).backward()
+            loss(_micro_batch(tokens, pairs=dpo is not None)).reshape(-1)[0].backward()
     except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError) as error:
         raise _unplanned(base) from error
     finally:
@@ -155,18 +159,20 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None  # gradients are another part of the plan
 
 
-def _micro_batch(tokens: int) -> MicroBatch:
+def _micro_batch(tokens: int, pairs: bool) -> MicroBatch:
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     return MicroBatch(
         input_ids=empty(1, tokens),
         position_ids=empty(1, tokens),
-        boundaries=empty(2, dtype=torch.int32),
+        boundaries=empty(3 if pairs else 2, dtype=torch.int32),
         longest=tokens,
         predicting=empty(tokens),
         targets=empty(tokens),
         weights=empty(tokens, dtype=torch.float32),
+        owners=empty(tokens),
+        references=empty(2 if pairs else 0, dtype=torch.float32),
         lengths=np.array([tokens]),
     )
 

@@ -60,7 +60,17 @@ class JobPlan:
     @property
     def seconds(self) -> float | None:
         """Time of training, without start, evaluation and export."""
-        return None if self.speed is None or self.tokens is None else self.speed.seconds(self.tokens)
+        if self.speed is None or self.tokens is None:
+            return None
+        return self.speed.seconds(self.tokens + self._reference_tokens)
+
+    @property
+    def _reference_tokens(self) -> float:
+        """With objective dpo, tokens' worth of the forward pass over all pairs that finds their references."""
+        if self.spec.method.objective != "dpo" or self.manifest is None:
+            return 0.0
+        # Of 6 operations a weight 2 are the forward pass's, of 4 where it is frozen.
+        return self.manifest.splits.train.tokens * (1 / 3 if self.spec.method.tuning == "full" else 1 / 2)
 
     def cost(self, seconds: float | None) -> float | None:
         """What the GPUs cost for so long, in the device's currency."""

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from finetune_api.errors import ModelError
-from finetune_trainer.prepare.rows import BadRow, Message, Row
+from finetune_trainer.prepare.fields import BadRow, Message
+from finetune_trainer.prepare.rows import Row
 from finetune_trainer.tokenizer import end_of_turn, special_tokens
 
 if TYPE_CHECKING:

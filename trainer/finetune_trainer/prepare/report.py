@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.manifest import Split, SplitFacts
+from finetune_trainer.prepare.cut import Cuts
 from finetune_trainer.prepare.sources import SourceFile
-from finetune_trainer.prepare.work import Cuts, LeftOut, Result
+from finetune_trainer.prepare.work import LeftOut, Result
 
 MOST_POSITIONS: Final = 100
 _LONGEST: Final = 10
@@ -64,6 +65,7 @@ class ReportBuilder:
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._sources = files
         self.files = [Tally(other_files=file.left_out) for file in files]
+        self.pairs = False  # every two documents are a pair's answers
         self.refusals: dict[str, Any] | None = None  # built-in rows that were mixed in
         self._histogram: Counter[int] = Counter()
         self._longest: list[tuple[int, int, int]] = []  # tokens, -file, -row: the first of equals stays
@@ -72,6 +74,7 @@ class ReportBuilder:
     def add(self, result: Result) -> None:
         """Counts one chunk."""
         tally = self.files[result.file]
+        self.pairs |= result.format == "preference"
         tally.rows += len(result.numbers)
         tally.tokens += int(result.lengths.sum())
         tally.cuts.add(result.cuts)
@@ -103,7 +106,7 @@ class ReportBuilder:
         return {
             "version": 1,
             **total.as_json(),
-            "splits": {name: _split(facts) for name, facts in splits.items()},
+            "splits": {name: _split(facts, self.pairs) for name, facts in splits.items()},
             "lengths": [
                 {"from": 1 << bucket, "to": (2 << bucket) - 1, "rows": self._histogram[bucket]}
                 for bucket in range(min(self._histogram, default=0), max(self._histogram, default=-1) + 1)
@@ -117,11 +120,12 @@ class ReportBuilder:
         }
 
 
-def _split(facts: SplitFacts) -> dict[str, Any]:
+def _split(facts: SplitFacts, pairs: bool) -> dict[str, Any]:
     room = facts.tokens or 1
     return {
         "sequences": facts.sequences,
         "documents": facts.documents,
+        **({"pairs": facts.documents // 2} if pairs else {}),
         "tokens": facts.tokens,
         "targetTokens": facts.target_tokens,
         "maskedShare": round(1 - facts.target_tokens / room, 4),

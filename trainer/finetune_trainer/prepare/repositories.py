@@ -1,6 +1,7 @@
-"""Puts the files of a repository side by side: in the order of their paths, in documents as long as a sequence.
+"""Puts documents side by side that belong together: the files of a repository, and the two answers of a pair.
 
-The files of one document see those before them, as in an editor with the repository open. No file is cut for it.
+Files go in the order of their paths, into documents as long as a sequence. The files of one document see those before
+them, as in an editor with the repository open. No file is cut for it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def join_repositories(collection: Collection, documents: Numbers, capacity: int)
         found.append(np.array(ordered, dtype=np.int64))
         counts.append(_fill(collection.sizes[found[-1]].tolist(), capacity))
     return np.concatenate(found), np.concatenate(counts)
+
+
+def join_pairs(documents: Numbers) -> tuple[Numbers, Numbers]:
+    """The same for pairs, of which a split has the even number and the odd one behind it: counts are 2."""
+    chosen = documents[documents % 2 == 0]
+    return np.stack([chosen, chosen + 1], axis=1).ravel(), np.full(len(chosen), 2)
 
 
 def _fill(sizes: list[int], capacity: int) -> Numbers:

@@ -1,4 +1,4 @@
-"""Checks one row of data and brings it into the form of its format: chat, completion, text, code or rag.
+"""Checks one row of data and brings it into the form of its format, such as chat, completion or preference.
 
 Pure: fields in, a `Row` or the row's problems out. No message carries the row's own text.
 """
@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from finetune_api.job import ColumnField
+from finetune_trainer.prepare.fields import (
+    BadRow,
+    Message,
+    conversation,
+    kind_of,
+    list_of,
+    named_messages,
+    text_of,
+    tools_of,
+)
 
-RowFormat = Literal["chat", "completion", "text", "code", "rag"]
-Message = dict[str, Any]
-
+RowFormat = Literal["chat", "completion", "text", "code", "rag", "preference"]
 FORMATS: Final[tuple[RowFormat, ...]] = get_args(RowFormat)
 COLUMNS: Final[tuple[str, ...]] = get_args(ColumnField)
 # A format is recognised by any of its fields. Code has to be named: its rows look like text.
@@ -24,26 +32,8 @@ FIELDS: Final[dict[RowFormat, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
     "rag": ("oracle", "distractors"),
+    "preference": ("chosen", "rejected"),
 }
-_ROLES: Final = ("system", "user", "assistant", "tool")
-_LATER: Final = {"preference": ("chosen", "rejected")}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a row: the field, what is wrong, and what to do."""
-
-    field: str
-    what: str
-    hint: str = ""
-
-
-class BadRow(ValueError):
-    """Carries the row's first problem out of a check."""
-
-    def __init__(self, field: str, what: str, hint: str = "") -> None:
-        super().__init__(what)
-        self.problem = Problem(field, what, hint)
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,7 @@ class Row:
     oracles: list[str] = field(default_factory=list)  # documents that hold the answer
     distractors: list[str] = field(default_factory=list)  # documents that do not
     answer: str = ""
+    halves: tuple[Row, ...] = ()  # of a preference: the chosen and the rejected answer, each behind the same prompt
 
     def identity(self) -> str | None:
         """What is the same for rows that are the same, where their rendered text also depends on draws."""
@@ -80,6 +71,8 @@ class Row:
             return [message["content"] for message in self.messages if message["role"] != "system"]
         if self.format == "rag":
             return [self.question, self.answer]
+        if self.format == "preference":
+            return [text for half in self.halves for text in half.said()]
         return [self.prompt, self.completion] if self.format == "completion" else [self.text]
 
     def asked(self) -> list[str]:
@@ -88,6 +81,8 @@ class Row:
             return [message["content"] for message in self.messages if message["role"] == "user"]
         if self.format == "rag":
             return [self.question]
+        if self.format == "preference":
+            return self.halves[0].asked()
         return [self.prompt if self.format == "completion" else self.text]
 
 
@@ -98,7 +93,10 @@ def detect(fields: Mapping[str, Any]) -> RowFormat:
         BadRow: it has the fields of no format, or of more than one.
     """
     present = {name for name, value in fields.items() if value is not None}
-    matches = [name for name, own in FIELDS.items() if present.intersection(own)]
+    own_fields = FIELDS
+    if present.intersection(FIELDS["preference"]):
+        own_fields = FIELDS | {"completion": ("completion",)}  # a pair has a prompt, too
+    matches = [name for name, own in own_fields.items() if present.intersection(own)]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -108,14 +106,12 @@ def detect(fields: Mapping[str, Any]) -> RowFormat:
             f"the row matches two formats, {matches[0]} and {matches[1]}",
             f"set the source's format, such as `format: {matches[0]}`, or remove the fields of the other",
         )
-    for name, own in _LATER.items():
-        if present.intersection(own):
-            raise BadRow(", ".join(n for n in own if n in present), f"the format {name} is not available yet", "")
     for name in (name for own in FIELDS.values() for name in own if name in fields):
         raise BadRow(name, "the field is null", "give it a value, or leave the row out")
     raise BadRow(
         "",
-        "the row has none of the fields messages, prompt and completion, text, or oracle and distractors",
+        "the row has none of the fields messages, prompt and completion, text, chosen and rejected, or oracle and "
+        "distractors",
         "rename the file's own fields with the source's `columns`",
     )
 
@@ -129,13 +125,15 @@ def check_row(fields: Mapping[str, Any], row_format: RowFormat) -> Row:
     if row_format == "chat":
         return _chat(fields)
     if row_format == "completion":
-        prompt = _text(fields, "prompt")
-        return Row("completion", prompt=prompt, completion=_text(fields, "completion"))
+        prompt = text_of(fields, "prompt")
+        return Row("completion", prompt=prompt, completion=text_of(fields, "completion"))
     if row_format == "code":
         return _code(fields)
     if row_format == "rag":
         return _rag(fields)
-    return Row("text", text=_text(fields, "text"))
+    if row_format == "preference":
+        return _preference(fields)
+    return Row("text", text=text_of(fields, "text"))
 
 
 def normalised(text: str) -> str:
@@ -143,35 +141,14 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
-def _text(fields: Mapping[str, Any], name: str, path: str = "") -> str:
-    path = path or name
-    if name not in fields:
-        raise BadRow(path, "the field is missing", f"give every row a {name!r}, or name its column in `columns`")
-    value = fields[name]
-    if value is None:
-        raise BadRow(path, "the field is null", "give it a text, or leave the row out")
-    if not isinstance(value, str):
-        raise BadRow(path, f"the field is {_kind(value)}, not text", "write it as one string")
-    if not value.strip():
-        raise BadRow(path, "the text is empty", "give it a text, or leave the row out")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow(
-                path, f"character {error.start + 1} is half of a surrogate pair", "write the character itself, in UTF-8"
-            ) from None
-    return value
-
-
 def _code(fields: Mapping[str, Any]) -> Row:
     about = {
-        name: _text(fields, name) if fields.get(name) else None
+        name: text_of(fields, name) if fields.get(name) else None
         for name in ("path", "language", "license", "repository")
     }
     return Row(
         "code",
-        text=_text(fields, "text"),
+        text=text_of(fields, "text"),
         path=about["path"] or "",
         language=about["language"],
         license=about["license"],
@@ -181,20 +158,20 @@ def _code(fields: Mapping[str, Any]) -> Row:
 
 def _rag(fields: Mapping[str, Any]) -> Row:
     """Documents are given as `oracle` and `distractors`, or as `documents` in which the oracles are marked."""
-    question, answer = _text(fields, "question"), _text(fields, "answer")
+    question, answer = text_of(fields, "question"), text_of(fields, "answer")
     oracles = _texts(fields, "oracle") if fields.get("oracle") else []
     distractors = _texts(fields, "distractors") if fields.get("distractors") else []
     if fields.get("documents") is not None:
         if oracles or distractors:
             raise BadRow("documents", "the row has documents twice", "keep documents, or oracle and distractors")
-        for index, document in enumerate(_list(fields, "documents")):
+        for index, document in enumerate(list_of(fields, "documents")):
             path = f"documents[{index}]"
             if not isinstance(document, dict):
-                raise BadRow(path, f"the document is {_kind(document)}, not an object", 'write {"text": …}')
+                raise BadRow(path, f"the document is {kind_of(document)}, not an object", 'write {"text": …}')
             if not isinstance(document.get("oracle") or False, bool):
                 raise BadRow(f"{path}.oracle", "the mark is not a boolean", "write true for what holds the answer")
             own = oracles if document.get("oracle") else distractors
-            own.append(_text(document, "text", f"{path}.text"))
+            own.append(text_of(document, "text", f"{path}.text"))
     if not oracles and not distractors:
         raise BadRow("documents", "the row has no document", "give it oracle and distractors, or documents")
     return Row("rag", question=question, oracles=oracles, distractors=distractors, answer=answer)
@@ -209,131 +186,62 @@ def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
         except ValueError:
             values = None
         if not isinstance(values, list):
-            return [_text(fields, name)]
-    values = _list({name: values}, name)
-    return [_text({name: value}, name, f"{name}[{index}]") for index, value in enumerate(values)]
+            return [text_of(fields, name)]
+    values = list_of({name: values}, name)
+    return [text_of({name: value}, name, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
 def _chat(fields: Mapping[str, Any]) -> Row:
-    given = _list(fields, "messages")
-    messages: list[Message] = []
-    weights: list[float] = []
-    for index, message in enumerate(given):
-        path = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise BadRow(path, f"the message is {_kind(message)}, not an object", 'write {"role": …, "content": …}')
-        messages.append(_message(message, path))
-        weights.append(_weight(message, messages[-1]["role"], path))
-        _check_order(messages, path)
-    if messages[-1]["role"] != "assistant":
+    messages, weights = conversation(named_messages(fields, "messages"))
+    return Row("chat", messages=messages, weights=weights, tools=tools_of(fields))
+
+
+def _preference(fields: Mapping[str, Any]) -> Row:
+    """A prompt with a better and a worse answer, as texts or as messages. Without `prompt` both begin with it."""
+    texts = not any(isinstance(fields.get(name), list) for name in FIELDS["preference"])
+    chosen, rejected = _two_texts(fields) if texts else _two_conversations(fields)
+    if chosen == rejected:
+        raise BadRow("rejected", "chosen and rejected are the same", "leave the row out: it prefers nothing")
+    return Row("preference", halves=(chosen, rejected))
+
+
+def _two_texts(fields: Mapping[str, Any]) -> list[Row]:
+    answers = [text_of(fields, name) for name in FIELDS["preference"]]
+    if fields.get("prompt") is not None:
+        return [Row("completion", prompt=text_of(fields, "prompt"), completion=answer) for answer in answers]
+    pairs = enumerate(zip(*answers, strict=False))
+    common = answers[0][: next((i for i, (left, right) in pairs if left != right), min(map(len, answers)))]
+    words = list(re.finditer(r"\s+", common))
+    begin = words[-1].start() if words else 0  # white space goes with the answer, as tokenizers have it
+    if not common[:begin].strip():
         raise BadRow(
-            f"messages[{len(messages) - 1}].role",
-            f"the last message is from {messages[-1]['role']}, so there is no answer to learn",
-            "end every conversation with an assistant message",
+            "prompt", "the field is missing, and chosen and rejected do not begin with the same words", "give a prompt"
         )
-    tools = None
-    if fields.get("tools") is not None:
-        tools = _list(fields, "tools")
-        for index, tool in enumerate(tools):
-            if not isinstance(tool, dict):
-                raise BadRow(f"tools[{index}]", f"the tool is {_kind(tool)}, not an object", "write a JSON schema")
-    return Row("chat", messages=messages, weights=weights, tools=tools)
+    for name, answer in zip(FIELDS["preference"], answers, strict=True):
+        text_of({name: answer[begin:]}, name)
+    return [Row("completion", prompt=common[:begin], completion=answer[begin:]) for answer in answers]
 
 
-def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
-    """A non-empty list; also as JSON text, since a CSV cell and many Parquet files hold it so."""
-    if name not in fields:
-        raise BadRow(name, "the field is missing", f"give every row a {name!r}, or name its column in `columns`")
-    value = fields[name]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow(name, "the field is text that is not JSON", "write a list of objects") from None
-    if not isinstance(value, list):
-        raise BadRow(name, f"the field is {_kind(value)}, not a list", "write a list of objects")
-    if not value:
-        raise BadRow(name, "the list is empty", "fill it, or leave the row out")
-    return value
-
-
-def _message(given: Mapping[str, Any], path: str) -> Message:
-    message = {key: value for key, value in given.items() if value is not None and key != "weight"}
-    role = given.get("role")
-    if role not in _ROLES:
-        said = "the field is missing" if role is None else "the role is not known"
-        raise BadRow(f"{path}.role", said, f"use one of {', '.join(_ROLES)}")
-    calls = message.get("tool_calls")
-    if calls:
-        if role != "assistant":
-            raise BadRow(f"{path}.tool_calls", f"a {role} message has tool calls", "only the assistant calls tools")
-        message["tool_calls"] = _tool_calls(calls, f"{path}.tool_calls")
-        message["content"] = _text(given, "content", f"{path}.content") if given.get("content") else ""
-    else:
-        message.pop("tool_calls", None)
-        message["content"] = _text(given, "content", f"{path}.content")
-    return message
-
-
-def _tool_calls(calls: object, path: str) -> list[dict[str, Any]]:
-    """Calls with their arguments as an object, which is what chat templates expect."""
-    if not isinstance(calls, list):
-        raise BadRow(path, f"the field is {_kind(calls)}, not a list", "write a list of calls")
-    checked = []
-    for index, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(
-                f"{path}[{index}].function", "the call names no function", 'write {"name": …, "arguments": {…}}'
-            )
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                arguments = None
-        if not isinstance(arguments, dict):
-            raise BadRow(f"{path}[{index}].function.arguments", "the arguments are not a JSON object", "write {…}")
-        checked.append({**call, "function": {**function, "arguments": arguments}})
-    return checked
-
-
-def _weight(message: Mapping[str, Any], role: str, path: str) -> float:
-    weight = message.get("weight")
-    if weight is None:
-        return 1.0
-    if role != "assistant":
-        raise BadRow(f"{path}.weight", f"a {role} message has a weight", "only assistant messages are learned")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise BadRow(f"{path}.weight", "the weight is not a number from 0 to 1", "use 0 to leave an answer out")
-    return float(weight)
-
-
-def _check_order(messages: Sequence[Message], path: str) -> None:
-    """The role of the last message may follow those before it."""
-    role = messages[-1]["role"]
-    before = messages[-2] if len(messages) > 1 else None
-    if role == "system":
-        allowed = before is None
-    elif role == "user":
-        allowed = (
-            before is None
-            or before["role"] == "system"
-            or (before["role"] == "assistant" and "tool_calls" not in before)
-        )
-    elif role == "assistant":
-        allowed = before is not None and before["role"] in ("user", "tool")
-    else:
-        allowed = before is not None and (before["role"] == "tool" or "tool_calls" in before)
-    if not allowed:
-        after = f"after {before['role']}" if before else "at the start"
-        raise BadRow(
-            f"{path}.role",
-            f"a {role} message may not stand {after}",
-            "system comes first, then user and assistant in turn; tool results follow the assistant's calls",
-        )
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+def _two_conversations(fields: Mapping[str, Any]) -> list[Row]:
+    prompt, answers = fields.get("prompt"), [named_messages(fields, name) for name in FIELDS["preference"]]
+    asked: list[tuple[str, Any]] = []
+    if isinstance(prompt, str):
+        whole = any(isinstance(given[0][1], dict) and given[0][1].get("role") != "assistant" for given in answers)
+        asked = [] if whole else [("prompt", {"role": "user", "content": text_of(fields, "prompt")})]
+    elif prompt is not None:
+        asked = named_messages(fields, "prompt")
+        if all([m for _, m in given[: len(asked)]] == [m for _, m in asked] for given in answers):
+            answers = [given[len(asked) :] or given for given in answers]
+    for path, message in (each for given in answers for each in given):
+        if isinstance(message, dict) and message.get("weight") is not None:
+            raise BadRow(f"{path}.weight", "the answers of a pair have no weights", "leave it out")
+    halves = [conversation(asked + given)[0] for given in answers]
+    same = (i for i, (left, right) in enumerate(zip(*halves, strict=False)) if left != right)
+    begin = len(asked) or next(same, min(map(len, halves)))
+    for name, messages in zip(FIELDS["preference"], halves, strict=True):
+        if begin == 0 or len(messages) == begin:
+            raise BadRow(name, "the answer is missing, or is no answer to the other's prompt", "give both one prompt")
+        if messages[begin]["role"] != "assistant":
+            raise BadRow(name, "chosen and rejected differ before their answers", "give both the same prompt")
+    tools = tools_of(fields)
+    return [Row("chat", messages=m, weights=[float(i >= begin) for i in range(len(m))], tools=tools) for m in halves]

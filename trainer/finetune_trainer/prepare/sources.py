@@ -23,7 +23,6 @@ BUILT_IN: Final = "builtin://refusals"
 LARGEST_ROW: Final = 4 << 20  # about a million tokens, for which a tokenizer takes 0.8 GiB
 _HIDDEN_CODE: Final = (".",)  # such as .git; names that begin with _ are as good as others there
 _HASH_BYTES: Final = 1 << 22
-_FORMATS: Final = ("auto", "chat", "completion", "text", "code", "rag")
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,6 @@ def refuse_unavailable(spec: FinetuneJobSpec) -> None:
     Raises:
         SpecError: naming the field.
     """
-    for path, source in _sources(spec):
-        if source.format not in _FORMATS:
-            raise SpecError(
-                f"the format {source.format} is not available yet",
-                where=f"{path}.format",
-                hint=f"use one of {', '.join(_FORMATS)}",
-            )
     for index, source in enumerate(spec.data.evaluation):
         if source.weight != 1:
             raise SpecError(
@@ -80,8 +72,6 @@ def refuse_unavailable(spec: FinetuneJobSpec) -> None:
                 where=f"spec.data.evaluation[{index}].weight",
                 hint="remove the weight",
             )
-    if spec.method.objective == "dpo":
-        raise SpecError("dpo is not available yet", where="spec.method.objective", hint="use sft or pretrain")
 
 
 def find_files(run: RunConfig) -> list[SourceFile]:

@@ -35,7 +35,7 @@ from finetune_trainer.prepare.pack import pack
 from finetune_trainer.prepare.pool import Pool
 from finetune_trainer.prepare.read import chunks
 from finetune_trainer.prepare.refusals import built_in_rows
-from finetune_trainer.prepare.repositories import join_repositories
+from finetune_trainer.prepare.repositories import join_pairs, join_repositories
 from finetune_trainer.prepare.rows import FORMATS, normalised
 from finetune_trainer.prepare.select import select_documents
 from finetune_trainer.prepare.shards import ShardWriter
@@ -163,7 +163,8 @@ def _write_split(
 ) -> SplitFacts:
     """Packs the documents and writes the split's shards."""
     writer = ShardWriter(folder, split)
-    documents, counts = join_repositories(collection, documents, capacity)
+    pairs = collection.report.pairs
+    documents, counts = join_pairs(documents) if pairs else join_repositories(collection, documents, capacity)
     starts = np.cumsum(counts) - counts
     if packing:
         # Documents of one length fill a sequence in the order they come: without this they would all be of one source,
@@ -181,8 +182,9 @@ def _write_split(
         members = order[start:stop]
         joined = [documents[starts[member] : ends[member]].tolist() for member in members.tolist()]
         parts = [collection.document(index) for indices in joined for index in indices]
+        lengths = np.array([len(ids) for ids, _ in parts], np.int32) if pairs else sizes[members]
         writer.add(
-            np.concatenate([ids for ids, _ in parts]), np.concatenate([weights for _, weights in parts]), sizes[members]
+            np.concatenate([ids for ids, _ in parts]), np.concatenate([weights for _, weights in parts]), lengths
         )
         start = stop
         if number % _PROGRESS_SEQUENCES == 0:
@@ -243,6 +245,7 @@ def _settings(run: RunConfig) -> Settings:
         held_out={
             normalised(prompt.prompt): index for index, prompt in enumerate(spec.evaluation.prompts) if prompt.held_out
         },
+        pairs=spec.method.objective == "dpo",
     )
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,14 @@ import numpy.typing as npt
 from finetune_api.job import CodeFilter, ColumnField, Fim, Rag
 from finetune_trainer.manifest import TokenizerFacts
 from finetune_trainer.prepare.code import language_of, license_of, wanted_language, wanted_license
+from finetune_trainer.prepare.cut import Counts, Cuts, Cutter, Documents
 from finetune_trainer.prepare.deduplicate import PERMUTATIONS, signatures
+from finetune_trainer.prepare.fields import BadRow, Problem
 from finetune_trainer.prepare.pieces import CodeRenderer
 from finetune_trainer.prepare.rag import as_chat
 from finetune_trainer.prepare.read import Chunk
 from finetune_trainer.prepare.render import Rendered, Renderer
-from finetune_trainer.prepare.rows import FIELDS, BadRow, Problem, Row, RowFormat, check_row, detect, normalised
+from finetune_trainer.prepare.rows import FIELDS, Row, RowFormat, check_row, detect, normalised
 from finetune_trainer.tokenizer import load_tokenizer, tokenizer_facts
 
 MOST_PROBLEMS: Final = 20
@@ -39,6 +42,7 @@ class Settings:
     rag: Rag
     seed: int
     held_out: Mapping[str, int]  # normalised prompt: its number in spec.evaluation.prompts
+    pairs: bool  # the objective is dpo
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,6 @@ class Task:
 
 
 @dataclass
-class Counts:
-    """Whole numbers that add up over chunks and files."""
-
-    def add(self, other: Self) -> None:
-        """Adds another's counts to these."""
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
-
-
-@dataclass
 class LeftOut(Counts):
     """Rows that are none for this job: code that is not asked for, or cannot be learned from."""
 
@@ -73,19 +67,6 @@ class LeftOut(Counts):
     license: int = 0
     control_token: int = 0  # they hold a token that steers the model
     unreadable: int = 0  # files that are empty, or no UTF-8 text
-
-
-@dataclass
-class Cuts(Counts):
-    """What became of rows longer than the sequence, in rows and tokens."""
-
-    truncated_rows: int = 0
-    truncated_tokens: int = 0
-    split_rows: int = 0
-    dropped_rows: int = 0
-    dropped_tokens: int = 0
-    empty_documents: int = 0  # pieces with nothing to learn in them, left out
-    empty_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,18 +89,6 @@ class Result:
     left_out: LeftOut
     repositories: npt.NDArray[np.uint64]  # [R] hash of the code's repository, 0 where there is none
     paths: list[bytes]  # [R] of code inside of its repository
-
-
-@dataclass
-class _Documents:
-    rows: list[int] = field(default_factory=list)
-    ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    weights: list[npt.NDArray[np.float16]] = field(default_factory=list)
-
-    def add(self, row: int, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float16]) -> None:
-        self.rows.append(row)
-        self.ids.append(ids)
-        self.weights.append(weights)
 
 
 @dataclass
@@ -158,10 +127,16 @@ class Worker:
         batch = self._read(task)
         rows = batch.rows
         tokens = self._renderer.tokens(batch.rendered)
-        documents = _Documents()
-        for index, (ids, weights) in zip(batch.owners, tokens, strict=True):
+        documents = Documents()
+        cutter = Cutter(self._settings.sequence_length, self._settings.overlong, documents, batch.cuts)
+        for index, texts in groupby(zip(batch.owners, tokens, strict=True), key=lambda each: each[0]):
             try:
-                self._cut(index, ids, weights, documents, batch.cuts)
+                if self._settings.pairs:
+                    (_, chosen), (_, rejected) = texts
+                    cutter.add_pair(index, chosen, rejected)
+                else:
+                    for _, text in texts:
+                        cutter.add(index, *text)
             except BadRow as bad:
                 batch.problem(task, batch.numbers[index], bad)
         lengths = np.bincount(batch.owners, [len(ids) for ids, _ in tokens], len(rows)) if rows else np.zeros(0)
@@ -194,6 +169,7 @@ class Worker:
                 row = _row(task, fields)
                 if not self._wanted(row, task, batch.left_out):
                     continue
+                self._check_objective(row)
                 if task.train:
                     self._check_held_out(row)
                 identity, texts = self._render(row, batch.cuts)
@@ -212,6 +188,9 @@ class Worker:
     def _render(self, row: Row, cuts: Cuts) -> tuple[int, list[Rendered]]:
         """The row's hash, by which it is known and drawn, and its texts: one, or several of code."""
         settings, identity = self._settings, row.identity()
+        if row.format == "preference":
+            halves = [self._renderer.render(half) for half in row.halves]
+            return _hash("\0".join(half.text for half in halves)), halves
         if identity is None:
             rendered = self._renderer.render(row)
             return _hash(rendered.text), [rendered]
@@ -247,6 +226,18 @@ class Worker:
             return True
         return False
 
+    def _check_objective(self, row: Row) -> None:
+        if self._settings.pairs and row.format != "preference":
+            raise BadRow(
+                "",
+                f"the row is {row.format}, and objective dpo learns from preferences",
+                "give every row chosen and rejected, or set method.objective to sft",
+            )
+        if row.format == "preference" and not self._settings.pairs:
+            raise BadRow(
+                ", ".join(FIELDS["preference"]), "the row is a preference", "set method.objective to dpo for such rows"
+            )
+
     def _check_held_out(self, row: Row) -> None:
         for asked in row.asked() if self._settings.held_out else []:
             prompt = self._settings.held_out.get(normalised(asked))
@@ -256,46 +247,6 @@ class Worker:
                     f"the row asks what spec.evaluation.prompts[{prompt}] holds out of training",
                     "remove the row, or set the prompt's heldOut to false",
                 )
-
-    def _cut(
-        self,
-        row: int,
-        ids: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float16],
-        documents: _Documents,
-        cuts: Cuts,
-    ) -> None:
-        """Adds the row's documents: itself, or what data.overlong makes of it."""
-        limit, overlong = self._settings.sequence_length, self._settings.overlong
-        if not weights.any():
-            raise BadRow("", "the row has nothing to learn", "give it an answer, with a weight above 0")
-        if len(ids) <= limit:
-            documents.add(row, ids, weights)
-            return
-        if overlong == "error":
-            raise BadRow(
-                "",
-                f"the row has {len(ids)} tokens, more than data.sequenceLength, {limit}",
-                "raise data.sequenceLength, or set data.overlong to truncate, split or drop",
-            )
-        if overlong == "drop":
-            cuts.dropped_rows += 1
-            cuts.dropped_tokens += len(ids)
-            return
-        if overlong == "truncate":
-            cuts.truncated_rows += 1
-            cuts.truncated_tokens += len(ids) - limit
-            ids, weights = ids[:limit], weights[:limit]
-        else:
-            cuts.split_rows += 1
-        for start in range(0, len(ids), limit):
-            piece = weights[start : start + limit].copy()
-            piece[0] = 0  # nothing stands before the first token of a piece
-            if piece.any():
-                documents.add(row, ids[start : start + limit], piece)
-            else:
-                cuts.empty_documents += 1
-                cuts.empty_tokens += len(piece)
 
 
 def first_format(chunk: Chunk, columns: Mapping[ColumnField, str]) -> RowFormat | None:

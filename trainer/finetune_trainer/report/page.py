@@ -101,7 +101,11 @@ def tiles(result: Result) -> list[Tile]:
         tiles.append(Tile("Exact middles of code", f"{m.exact_tuned:.0%}", f"base model: {m.exact_base:.0%}"))
     if e := result.evaluation:
         tiles.append(Tile("Evaluation loss", f"{e.loss_tuned:.3f}", f"base model: {e.loss_base:.3f}"))
-        tiles.append(Tile("Perplexity", f"{e.perplexity_tuned:.3g}", f"base model: {e.perplexity_base:.3g}"))
+        if e.perplexity_base is not None:
+            tiles.append(Tile("Perplexity", f"{e.perplexity_tuned:.3g}", f"base model: {e.perplexity_base:.3g}"))
+        if p := e.preference:
+            before, after = f"{p.accuracy_base:.0%}", f"{p.accuracy_tuned:.0%}"
+            tiles.append(Tile("Chosen answer likelier", after, f"base model: {before}"))
     speed = f"{done.mfu:.0%} of peak (MFU)" if done.mfu is not None else f"{count(done.tokens)} tokens in all"
     tiles.append(Tile("Tokens per second", f"{done.tokens_per_second:,.0f}", speed))
     workers = f"{done.world_size} × {done.device.upper() if done.device == 'cpu' else done.device}"
