@@ -289,12 +289,37 @@ class Gate(Model):
     max: float | None = Field(None, ge=-1e9, le=1e9, description="Largest value that passes.")
 
 
+class PromptBaseline(Model):
+    """The base model with a prompt in place of tuning; with neither of the two there is no such comparison."""
+
+    system: LongText | None = Field(
+        None, description="System message that tells it what the tuned model learns. Default: the rows' own, if any."
+    )
+    examples: int = Field(
+        4, ge=0, le=32, description="Training rows of one turn that stand before each prompt, for objective sft."
+    )
+
+
+class TokenPrices(Model):
+    """What a server of the tuned model charges, in the runtime's currency."""
+
+    prompt: float = Field(ge=0, le=1e6, description="For a million tokens of prompts.")
+    answer: float = Field(ge=0, le=1e6, description="For a million tokens of answers.")
+
+
 class Evaluation(Model):
     """What is measured at the end."""
 
     prompts: list[Prompt] = Field(default_factory=list, max_length=256, description="Prompts for the report.")
     max_new_tokens: int = Field(128, ge=1, le=8192, description="Longest answer to a prompt, in tokens (greedy).")
     refusal_suite: bool = Field(False, description="Measure refusals with the built-in suite.")
+    prompt_baseline: PromptBaseline = Field(
+        default_factory=PromptBaseline, description="Whether a prompt would have done: the base model, prompted."
+    )
+    token_prices: TokenPrices | None = Field(None, description="For the cost of 1,000 requests in the report.")
+    general_text: bool = Field(
+        True, description="Perplexity on a few built-in passages about everything, which shows what was forgotten."
+    )
     gates: list[Gate] = Field(default_factory=list, max_length=32, description="Bounds that the run must meet.")
 
 

@@ -20,6 +20,7 @@ class Answer(Model):
     """One model's greedy answer to one prompt."""
 
     text: str = Field(description="What it said, without special tokens.")
+    prompt_tokens: int = Field(0, description="Tokens that it was given.")
     tokens: int = Field(description="Generated tokens, the end-of-turn token included.")
     complete: bool = Field(description="It ended its turn by itself, before maxNewTokens.")
     seconds: float = Field(description="Wall time of generating it.")
@@ -36,6 +37,7 @@ class PromptResult(Model):
     expect: list[str] = Field(description="A good answer contains one of these (any case).")
     reject: list[str] = Field(description="A good answer contains none of these (any case).")
     base: Answer = Field(description="The base model's answer.")
+    prompted: Answer | None = Field(None, description="The base model's answer behind evaluation.promptBaseline.")
     tuned: Answer = Field(description="The tuned model's answer.")
 
 
@@ -62,6 +64,52 @@ class EvaluationResult(Model):
     perplexity_tuned: float | None = Field(description="exp(lossTuned). None with objective dpo.")
     preference: PreferenceResult | None = Field(None, description="With objective dpo.")
     tokens: float = Field(description="Tokens (their weights added up) in each of the two.")
+
+
+class Requests(Model):
+    """What an average request takes: one of the job's prompts, answered alone, not in a batch."""
+
+    prompt_tokens: float = Field(description="Tokens of the prompt, template, system message and examples included.")
+    answer_tokens: float = Field(description="Tokens of the answer.")
+    cut: int = Field(description="Requests whose answer was cut at maxNewTokens: it would have been longer.")
+    seconds: float = Field(description="Wall time of the answer. Examples are read once, not for each request.")
+    cost_by_time: float | None = Field(None, description="Of 1,000 requests: seconds times a worker's price.")
+    cost_by_tokens: float | None = Field(None, description="Of 1,000 requests, by evaluation.tokenPrices.")
+
+
+class Contender(Model):
+    """One of the models that are compared."""
+
+    passed: int | None = Field(None, description="Prompts with expect or reject that it answered as asked.")
+    loss: float | None = Field(None, description="On held-out answers, nats per token.")
+    refusal_rate: float | None = Field(None, description="Share of harmful and unanswerable prompts it declines.")
+    over_refusal_rate: float | None = Field(None, description="Share of harmless prompts it declines.")
+    requests: Requests | None = Field(None, description="None without evaluation.prompts.")
+
+
+class ComparisonResult(Model):
+    """Whether tuning was needed: the base model as it is, behind a prompt, and tuned."""
+
+    base: Contender = Field(description="The base model as it is.")
+    prompted: Contender | None = Field(description="Behind evaluation.promptBaseline; none when it asks for nothing.")
+    tuned: Contender = Field(description="The tuned model, without that prompt.")
+    checked: int = Field(description="Prompts with expect or reject.")
+    examples: int = Field(description="Training rows in the prompt, which may be fewer than were asked for.")
+    system: bool = Field(description="The prompt has a system message.")
+    held_out_answers: int = Field(description="Evaluation answers in the losses.")
+    needed: Literal["yes", "no", "unclear"] | None = Field(
+        description="Whether the tuned model is better than the prompted one; none without both."
+    )
+    sentence: str = Field(description="The same for people; empty without both.")
+
+
+class ForgettingResult(Model):
+    """Perplexity on built-in passages about everything: what rises was forgotten."""
+
+    passages: int = Field(description="Texts that were read.")
+    tokens: int = Field(description="Tokens of theirs that were predicted.")
+    perplexity_base: float = Field(description="Base model.")
+    perplexity_tuned: float = Field(description="Tuned model.")
 
 
 RefusalKind = Literal["harmful", "unanswerable", "harmless"]
@@ -208,6 +256,8 @@ class Result(Model):
     refusals: RefusalResult | None = Field(None, description="With evaluation.refusalSuite.")
     middles: MiddlesResult | None = Field(None, description="With fill-in-the-middle rows for evaluation.")
     retrieval: RetrievalResult | None = Field(None, description="With rag rows for evaluation.")
+    comparison: ComparisonResult | None = Field(None, description="None when nothing was there to compare by.")
+    forgetting: ForgettingResult | None = Field(None, description="With evaluation.generalText.")
     export: ExportResult = Field(description="Weights and their check.")
     output: str = Field(description="Where the weights are, without credentials.")
     stages: dict[str, float] = Field(description="Wall time by stage.")

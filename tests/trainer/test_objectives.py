@@ -14,12 +14,12 @@ from finetune_api.errors import GateFailed
 from finetune_api.job import Prompt
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer import examine
-from finetune_trainer.answers import Question, Speaker, answer
 from finetune_trainer.finish import check_gates, finish
 from finetune_trainer.middles import Middle, held_out_middles, measure_middles, similarity
 from finetune_trainer.prepare import prepare
 from finetune_trainer.refusals import declined, suite
 from finetune_trainer.retrieval import HeldOut, held_out_questions, measure_retrieval, word_f1
+from finetune_trainer.speaking import Question, Speaker, Task, tell
 from finetune_trainer.tokenizer import load_tokenizer
 from tests.tiny import END, SPECIAL, tiny_llama
 from tests.trainer.jobs import jsonl, run_config
@@ -171,7 +171,7 @@ def test_questions_are_asked_with_their_passages_and_without(rag_run: RunConfig,
     with_passages = [Question(held.prompt, 16) for held in questions]
     alone = [Question(Prompt(prompt=held.question), 16) for held in questions]
     for folder, score in ((Path(rag_run.model_path), found.base), (other, found.tuned)):
-        said = answer(Speaker(folder, folder), [*with_passages, *alone], [SPECIAL.index(END)])
+        said = tell(Speaker(folder, folder), Task([*with_passages, *alone]), [SPECIAL.index(END)]).said
         expected = [word_f1(held.answer, text.text) for held, text in zip([*questions, *questions], said, strict=True)]
         assert score.with_passages == pytest.approx(sum(expected[: len(questions)]) / len(questions))
         assert score.without_passages == pytest.approx(sum(expected[len(questions) :]) / len(questions))

@@ -68,7 +68,8 @@ def finish(
     work = Path(run.work)
     progress("asking base and tuned model the prompts")
     started = time.monotonic()
-    findings = examine(run, _tuned(work), lambda: progress("asking base and tuned model the prompts"))
+    hour = None if price is None else price.per_hour / run.spec.workers.count / max(1, run.spec.workers.gpus_each)
+    findings = examine(run, _tuned(work), lambda: progress("asking base and tuned model the prompts"), hour)
     answering = time.monotonic() - started
     result = _result(run, findings, seconds, answering, price)
 
@@ -114,7 +115,16 @@ def _result(
         uid=run.uid,
         finished=time.time(),
         model=public(run.spec.model.source),
-        verdict=verdict(evaluation, prompts, gates, findings.refusals, findings.middles, findings.retrieval),
+        verdict=verdict(
+            evaluation,
+            prompts,
+            gates,
+            findings.refusals,
+            findings.middles,
+            findings.retrieval,
+            findings.comparison,
+            findings.forgetting,
+        ),
         evaluation=evaluation,
         training=figures.training_result(events),
         prompts=prompts,
@@ -123,6 +133,8 @@ def _result(
         refusals=findings.refusals,
         middles=findings.middles,
         retrieval=findings.retrieval,
+        comparison=findings.comparison,
+        forgetting=findings.forgetting,
         export=export,
         output=public(output),
         stages=stages,

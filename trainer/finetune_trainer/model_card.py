@@ -85,6 +85,8 @@ def results(result: Result) -> list[list[str]]:
     if asked := checked(result.prompts):
         of = len(asked)
         rows.append(["prompts as asked", f"{passed_by_base(asked)} of {of}", f"{passed(asked)} of {of}"])
+    if f := result.forgetting:
+        rows.append(["perplexity on general text", f"{f.perplexity_base:.4g}", f"{f.perplexity_tuned:.4g}"])
     return rows + exams(result)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from finetune_api.job import Gate
 from finetune_api.result import (
+    ComparisonResult,
     EvaluationResult,
+    ForgettingResult,
     GateResult,
     MiddlesResult,
     PromptResult,
@@ -14,6 +16,8 @@ from finetune_api.result import (
     RetrievalResult,
     Verdict,
 )
+
+_FORGOT = 0.05  # a rise of perplexity on general text that is said
 
 # What a gate's metric is called in a sentence.
 _NAMES = {
@@ -85,6 +89,8 @@ def verdict(
     refusals: RefusalResult | None = None,
     middles: MiddlesResult | None = None,
     retrieval: RetrievalResult | None = None,
+    comparison: ComparisonResult | None = None,
+    forgetting: ForgettingResult | None = None,
 ) -> Verdict:
     """What came out, the most important first."""
     asked = checked(prompts)
@@ -105,18 +111,11 @@ def verdict(
         how = "did not fall" if worse_loss else "fell"
         sentences.append(f"Evaluation loss {how}: {evaluation.loss_base:.3f} → {evaluation.loss_tuned:.3f}.")
         sentences += _preference_sentences(evaluation)
-    if refusals:
-        sentences.append(_refusal_sentence(refusals))
-    if middles:
-        sentences.append(
-            f"Of {middles.middles} middles of held-out code {middles.exact_tuned:.0%} come out exactly "
-            f"(base model: {middles.exact_base:.0%})."
-        )
-    if retrieval:
-        sentences.append(
-            f"Its answers to held-out questions with their passages have a word F1 of "
-            f"{retrieval.tuned.with_passages:.2f} (base model: {retrieval.base.with_passages:.2f})."
-        )
+    sentences += _measured(refusals, middles, retrieval)
+    if forgetting and rise(forgetting) >= _FORGOT:
+        sentences.append(forgetting_sentence(forgetting))
+    if comparison and comparison.sentence:
+        sentences.append(comparison.sentence)
     measured = evaluation or refusals or middles or retrieval
     if not asked and not measured:
         sentences.append("Nothing says whether it got better: the job has no evaluation rows and no checked prompts.")
@@ -136,6 +135,41 @@ def _preference_sentences(evaluation: EvaluationResult) -> list[str]:
         return []
     base = f"(base model: {p.accuracy_base:.0%})"
     return [f"Of {p.pairs} held-out pairs it finds the chosen answer likelier in {p.accuracy_tuned:.0%} {base}."]
+
+
+def _measured(
+    refusals: RefusalResult | None, middles: MiddlesResult | None, retrieval: RetrievalResult | None
+) -> list[str]:
+    sentences = []
+    if refusals:
+        sentences.append(_refusal_sentence(refusals))
+    if middles:
+        sentences.append(
+            f"Of {middles.middles} middles of held-out code {middles.exact_tuned:.0%} come out exactly "
+            f"(base model: {middles.exact_base:.0%})."
+        )
+    if retrieval:
+        sentences.append(
+            f"Its answers to held-out questions with their passages have a word F1 of "
+            f"{retrieval.tuned.with_passages:.2f} (base model: {retrieval.base.with_passages:.2f})."
+        )
+    return sentences
+
+
+def rise(forgetting: ForgettingResult) -> float:
+    """How much perplexity on general text rose, as a share of the base model's."""
+    return forgetting.perplexity_tuned / forgetting.perplexity_base - 1
+
+
+def forgetting_sentence(forgetting: ForgettingResult) -> str:
+    """What became of the model's knowledge of everything else."""
+    share = rise(forgetting)
+    change = f"{forgetting.perplexity_base:.1f} → {forgetting.perplexity_tuned:.1f}"
+    if share >= _FORGOT:
+        return f"It forgot: perplexity on general text rose by {share:.0%} ({change})."
+    if share > -_FORGOT:
+        return f"No forgetting shows: perplexity on general text stayed within {_FORGOT:.0%} ({change})."
+    return f"No forgetting shows: perplexity on general text fell by {-share:.0%} ({change})."
 
 
 def _refusal_sentence(refusals: RefusalResult) -> str:

@@ -17,9 +17,16 @@ from markupsafe import Markup
 from finetune_api.result import PromptResult, Result
 from finetune_trainer.model_card import exams, public
 from finetune_trainer.progress import clock, count
-from finetune_trainer.report import charts
+from finetune_trainer.report import charts, compared
 from finetune_trainer.report.curves import Curves
-from finetune_trainer.verdict import checked, gate_sentence, got_worse, passed, passed_by_base
+from finetune_trainer.verdict import (
+    checked,
+    forgetting_sentence,
+    gate_sentence,
+    got_worse,
+    passed,
+    passed_by_base,
+)
 
 _STATES: Final = {"good": "Good", "mixed": "Mixed", "bad": "Poor", "rejected": "Rejected"}
 _OUTCOMES: Final = {"passed": "as asked", "failed": "not as asked", "unchecked": "not checked"}
@@ -79,6 +86,8 @@ def html(result: Result, curves: Curves) -> str:
         worse=got_worse(result.prompts),
         topics=topics(result.prompts),
         measured=exams(result),
+        compared=_compared(result),
+        forgetting=result.forgetting and forgetting_sentence(result.forgetting),
         stages=shares(result.stages),
         charts=_charts(result, curves),
         settings=yaml.safe_dump(result.settings, sort_keys=False, allow_unicode=True),
@@ -116,6 +125,18 @@ def tiles(result: Result) -> list[Tile]:
     else:
         tiles.append(Tile("Cost", "—", "no price given"))
     return tiles
+
+
+def _compared(result: Result) -> dict[str, Any] | None:
+    """The comparison's table and what stands around it."""
+    if (found := result.comparison) is None:
+        return None
+    return {
+        "sentence": found.sentence,
+        "columns": compared.columns(found),
+        "rows": compared.rows(result, found),
+        "notes": compared.notes(found),
+    }
 
 
 def topics(prompts: Iterable[PromptResult]) -> list[Topic]:

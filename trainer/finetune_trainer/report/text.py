@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.result import Answer, PromptResult, RefusalResult, Result
+from finetune_api.result import Answer, ComparisonResult, PromptResult, RefusalResult, Result
 from finetune_trainer.model_card import results, sources, table, training
 from finetune_trainer.progress import clock
+from finetune_trainer.report import compared
 from finetune_trainer.report.page import tiles, topics
-from finetune_trainer.verdict import gate_sentence
+from finetune_trainer.verdict import forgetting_sentence, gate_sentence
 
 _MARKS = {"passed": "✓", "failed": "✗", "unchecked": "·"}
 _STYLES = {"good": "green", "mixed": "yellow", "bad": "red", "rejected": "red"}
@@ -27,6 +28,10 @@ def markdown(result: Result) -> str:
     ]
     if rows := results(result):
         lines += ["## Base against tuned\n", table(["", "base", "tuned"], rows)]
+    if result.comparison:
+        lines += _compared(result, result.comparison)
+    if result.forgetting:
+        lines += ["## What it forgot\n", forgetting_sentence(result.forgetting) + "\n"]
     if result.gates:
         marked = [f"- {_MARKS['passed' if gate.passed else 'failed']} {gate_sentence(gate)}" for gate in result.gates]
         lines += ["## Gates\n", *marked, ""]
@@ -91,9 +96,17 @@ def _prompt(result: PromptResult) -> str:
         [
             f"**{_inline(result.prompt)}**{held_out}\n",
             f"- base {_answer(result.base)}",
+            *([f"- base with prompt {_answer(result.prompted)}"] if result.prompted else []),
             f"- tuned {_answer(result.tuned)}\n",
         ]
     )
+
+
+def _compared(result: Result, comparison: ComparisonResult) -> list[str]:
+    sentence = [f"**{comparison.sentence}**\n"] if comparison.sentence else []
+    rows = compared.rows(result, comparison)
+    notes = " ".join(compared.notes(comparison)) + "\n"
+    return ["## Did it need finetuning?\n", *sentence, table(["", *compared.columns(comparison)], rows), notes]
 
 
 def _declined(refusals: RefusalResult) -> list[str]:
