@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 QUICKSTART := examples/01-quickstart
 NODE_TOOLS := coredns node
+CHART := charts/finetune-operator
 PYTEST := $(BIN)/pytest --durations=15
 
 .PHONY: help
@@ -27,7 +28,7 @@ quickstart: setup ## Set up, then finetune a small real model and report what ch
 # The api tier comes by itself and one test at a time: it has promises in seconds, and training takes every core.
 .PHONY: test
 test: setup-tests tools verify ## Set up, check style and types, run every test (ARGS="tests/unit -k mask" for some)
-	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) --numprocesses=2 --dist=loadfile tests/unit tests/trainer && $(PYTEST) tests/api)
+	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) --numprocesses=2 --dist=loadfile tests/unit tests/chart tests/trainer && $(PYTEST) tests/api)
 
 # Namespaces of its own: whatever the lab starts, mounts and routes is gone when it ends, also when it is killed.
 LAB = FINETUNE_LAB_IMAGES=$$($(BIN)/python -m tests.cluster.images) \
@@ -62,6 +63,8 @@ verify: lint ## Check style, types, import arrows and that generated files are c
 	diff -r manifests/crds .cache/generated/manifests/crds
 	diff manifests/install.yaml .cache/generated/manifests/install.yaml
 	diff -r docs/reference .cache/generated/docs/reference
+	@for file in files/crds files/dashboards files/rights.yaml values.schema.json; do \
+		diff -r $(CHART)/$$file .cache/generated/$(CHART)/$$file; done
 
 .PHONY: lint
 lint: setup ## Check style only
@@ -78,6 +81,8 @@ generate: setup ## Write the files that are made from the models
 	$(BIN)/python -m finetune_api.crd $(INTO)manifests/crds
 	$(BIN)/python -m finetune_api.docs $(INTO)docs/reference
 	$(BIN)/python -m finetune_operator.install $(INTO)manifests/install.yaml
+	$(BIN)/python -m finetune_operator.chart $(INTO)$(CHART)
+	$(BIN)/python scripts/dashboards.py $(INTO)$(CHART)/files/dashboards
 	$(BIN)/python -m finetune_operator.docs $(INTO)docs/reference
 	$(BIN)/python -m finetune_operator.plugin.docs $(INTO)docs/reference
 

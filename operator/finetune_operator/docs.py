@@ -1,4 +1,4 @@
-"""The reference pages of the failure classes, the rights, the settings and the metrics, generated from their tables.
+"""The reference pages of the failure classes, the rights, the settings, the metrics and the chart's values.
 
 python -m finetune_operator.docs docs/reference
 """
@@ -14,7 +14,7 @@ from typing import Final
 import click
 
 from finetune_api.docs import table
-from finetune_operator import rights
+from finetune_operator import chart, rights
 from finetune_operator.command import PREFIX, operator
 from finetune_operator.failures import POLICIES
 from finetune_operator.metrics import JobCollector, Metrics
@@ -150,7 +150,7 @@ def _shown(default: object) -> str:
 
 def pages() -> dict[str, str]:
     """Every page, by its file name."""
-    return {"failures.md": failures(), "operator.md": settings(), "rbac.md": rbac()}
+    return {"chart.md": chart.reference(), "failures.md": failures(), "operator.md": settings(), "rbac.md": rbac()}
 
 
 def main(folder: str) -> None:
