@@ -28,6 +28,7 @@ CACHE = ROOT / ".cache"
 VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
+PROMETHEUS = CACHE / "prometheus"  # tests/require.py looks there too
 BROWSERS = ("chromium", "chromium-browser")
 # Packages of a node, by a command that each brings.
 NODE_PACKAGES = {
@@ -52,6 +53,8 @@ def main() -> None:
     stamp, key = VENV / "finetune-setup", setup_key(accelerator, arguments.extra)
     if arguments.tests and not any(map(shutil.which, BROWSERS)):
         apt_install("chromium", purpose="the test that opens the report in a browser")
+    if arguments.tests and not (shutil.which("promtool") or PROMETHEUS.is_dir()):
+        apt_unpack("prometheus", PROMETHEUS, purpose="the tests of the alerts and dashboards")
     for program, package in NODE_PACKAGES.items() if arguments.cluster else ():
         if not shutil.which(program):
             apt_install(package, purpose="the cluster on this machine")
@@ -135,6 +138,31 @@ def apt_install(package: str, *, purpose: str) -> None:
         run("apt-get", "update", quiet=True)
         install = ("apt-get", "install", "-y", "--no-install-recommends", package)
         run(*install, quiet=True, environment={"DEBIAN_FRONTEND": "noninteractive"})
+    except SetupError as error:
+        say(f"going on without {package}: {error}")
+
+
+def apt_unpack(package: str, folder: Path, *, purpose: str) -> None:
+    """Puts a package's files into a folder: installed, it would start a service. Needs no root, but its lists."""
+    if not shutil.which("apt-get"):
+        say(f"{package} is missing ({purpose}); going on without it")
+        return
+    say(f"fetching {package} into {folder.relative_to(ROOT)} for {purpose}")
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if os.geteuid() == 0:
+            run("apt-get", "update", quiet=True)
+        run(
+            "sh",
+            "-c",
+            'cd "$1" && apt-get download "$0" && dpkg-deb -x *.deb . && rm *.deb',
+            package,
+            partial,
+            quiet=True,
+        )
+        partial.replace(folder)
     except SetupError as error:
         say(f"going on without {package}: {error}")
 
