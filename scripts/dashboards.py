@@ -115,8 +115,9 @@ def _panel(panel: Json, number: int, place: Json) -> Json:
                 "datasource": _SOURCE,
                 "expr": query,
                 "legendFormat": legend,
-                "instant": kind in ("table", "bargauge"),
-                "range": kind not in ("table", "bargauge"),
+                # Else a phase that a job was in an hour ago would stand beside the one that it is in.
+                "instant": kind != "timeseries",
+                "range": kind == "timeseries",
                 "format": "table" if kind == "table" else "time_series",
             }
             for index, (legend, query) in enumerate(panel["queries"].items())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,19 @@ class Prometheus:
             AssertionError: Prometheus does not understand it.
         """
         return list(self._get("query", query=expression)["result"])
+
+    def series(self, expression: str, legend: str, seconds: int) -> list[tuple[str, list[float], list[float]]]:
+        """Of the last `seconds`, each series with its legend, times (Unix seconds) and values."""
+        end = time.time()
+        fields = {"query": expression, "start": f"{end - seconds}", "end": f"{end}", "step": "1"}
+        return [
+            (
+                named(legend, each["metric"]),
+                [float(at) for at, _ in each["values"]],
+                [float(v) for _, v in each["values"]],
+            )
+            for each in self._get("query_range", **fields)["result"]
+        ]
 
     def rules(self) -> list[dict[str, Any]]:
         """The alerting rules as they were evaluated last."""
@@ -85,6 +100,11 @@ def prometheus(
     finally:
         process.kill()
         process.wait()
+
+
+def named(legend: str, labels: Mapping[str, str]) -> str:
+    """A legend with labels put in, as Grafana does: `{{phase}}`."""
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), legend)
 
 
 def _ready(url: str) -> bool:

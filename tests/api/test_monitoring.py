@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -21,13 +22,18 @@ from tests.api.kubelet import Kubelet
 from tests.api.lives import ENDLESS
 from tests.api.objects import Api, eventually
 from tests.api.operator import operator
+from tests.api.pictures import draw
 from tests.api.prometheus import Prometheus, prometheus
 from tests.api.script import Script, Training
-from tests.chart.queries import ALERTS, NEEDS_GPU, alerts, metrics_of, panel_queries
+from tests.chart.queries import ALERTS, NEEDS_GPU, alerts, dashboards, metrics_of, panel_queries
 from tests.ports import free_port
 
 RECORDED = Path(__file__).parent / "recorded" / "quickstart.jsonl"  # metrics.jsonl of `make quickstart` on two cores
 QUIET = {"finetune_operator_reconcile_errors_total"}  # nothing fails in this test
+
+
+PICTURES = os.environ.get("FINETUNE_PICTURES")
+_PACE = 0.6 if PICTURES else 0.2  # seconds between two events
 
 
 async def crash(attempt: Attempt) -> None:
@@ -67,7 +73,7 @@ def _replay(telemetry: Telemetry, stop: threading.Event) -> None:
     """The run's events, some each second, but for its end."""
     for line in RECORDED.read_text().splitlines():
         event = json.loads(line)
-        if event["event"] in ("export", "end") or stop.wait(0.2):
+        if event["event"] in ("export", "end") or stop.wait(_PACE):
             return
         telemetry.event(event, time.monotonic())
 
@@ -104,3 +110,12 @@ def test_every_alert_is_evaluated_on_series_that_are_there_and_none_fires_for_jo
     assert found.keys() == {alert["alert"] for alert in alerts()}
     assert {name: rule["lastError"] for name, rule in found.items() if rule["health"] != "ok"} == {}
     assert [name for name, rule in found.items() if rule["state"] == "firing"] == []
+
+
+def test_dashboards_can_be_drawn_without_grafana(scraped: Prometheus, tmp_path: Path) -> None:
+    """The pictures in docs/images, when FINETUNE_PICTURES names that folder; then with a minute of data."""
+    time.sleep(40 if PICTURES else 0)
+    for name, dashboard in dashboards().items():
+        path = Path(PICTURES or tmp_path) / f"dashboard-{name}.png"
+        draw(dashboard, scraped, _filled, 60, path)
+        assert path.stat().st_size > 10_000
