@@ -29,6 +29,7 @@ _ABOUT: Final = {
     "plan": "Show what a job needs before anything is spent: memory, time, cost.",
     "prepare": "Check the rows and turn them into token sequences.",
     "train": "Train on prepared rows.",
+    "result": "Say what came out of a run, in a pod.",
     "report": "Write the report of a finished run again.",
     "operator": "Watch FinetuneJobs in a cluster and bring each to its end.",
 }

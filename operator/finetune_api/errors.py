@@ -6,7 +6,9 @@
     ├── ModelError           exit 4   the base model: missing file, no tokenizer, no chat template, pickle weights
     ├── StorageError         exit 5   the bucket or disk: unreachable, refused, full, changed under us
     ├── TrainingError        exit 6   the run itself: NaN loss, out of memory, a worker that died
-    │   └── Hang             exit 6   a worker stood still, and the others waited for it
+    │   ├── Hang             exit 6   a worker stood still, and the others waited for it
+    │   ├── GpuMemoryFull    exit 6   a GPU's memory did not hold the step
+    │   └── NotFinite        exit 6   the loss or a gradient is not a number
     ├── ExportError          exit 7   the written weights do not load or do not give the same logits
     ├── GateFailed           exit 8   the run finished and an evaluation gate was missed
     └── Interrupted          exit 130 Ctrl-C or SIGTERM; a checkpoint was written, the same command goes on
@@ -76,6 +78,14 @@ class Hang(TrainingError):
     def __reduce__(self) -> tuple[object, ...]:
         again = partial(Hang, where=self.where, hint=self.hint, rank=self.rank, node=self.node)
         return (again, (self.what,))
+
+
+class GpuMemoryFull(TrainingError):
+    pass
+
+
+class NotFinite(TrainingError):
+    pass
 
 
 class ExportError(FinetuneError):

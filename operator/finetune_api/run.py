@@ -10,6 +10,7 @@ from finetune_api.base import Count, Model, Money, ShortText, Uri
 from finetune_api.job import FinetuneJobSpec
 
 RUN_FILE: Final = "run.json"
+MODEL_FILE: Final = "model.json"  # which files of which revision the base model is
 PREPARED: Final = "prepared"  # manifest.json, data-report.json, *.arrow
 CHECKPOINTS: Final = "checkpoints"  # step-00000120/
 EXPORT: Final = "export"  # model/, or adapter/ and merged/

@@ -21,6 +21,7 @@ CA_PATH: Final = "/etc/finetune/ca.crt"
 STORAGE_SECRET_PATH: Final = "/etc/finetune/storage"  # one file for each key of the runtime's secret
 SCRATCH_PATH: Final = "/scratch"
 MODEL_PATH: Final = "/scratch/model"
+MODEL_CLAIM_PATH: Final = "/model-claim"  # where pods see the volume of a model at pvc://
 PROGRESS_PORT: Final = 8090
 RANK_MARK: Final = "[rank {}] "  # what a worker's lines begin with in its pod's log, since a pod may hold several
 TERMINATION_MESSAGE_BYTES: Final = 4096  # the kubelet cuts what is longer

@@ -20,6 +20,13 @@ from finetune_trainer.reporter import read_metrics
 from finetune_trainer.telemetry import Telemetry
 
 _FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_FILE_OR_RUN = click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_RUN = click.option(
+    "--run",
+    "run_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Instead of FILE, in a pod: the run.json that the operator mounted.",
+)
 _WORK = click.option(
     "--work-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -77,35 +84,78 @@ def run(
 
 
 @click.command()
-@_FILE
+@_FILE_OR_RUN
+@_RUN
 @_WORK
-def prepare(file: Path, work_dir: Path | None) -> None:
+def prepare(file: Path | None, run_file: Path | None, work_dir: Path | None) -> None:
     """Check the rows and turn them into token sequences; no GPU is needed.
 
     Bad rows are reported with file, line and field. `finetune run` and `finetune train` reuse what was prepared.
     """
-    from finetune_trainer import pipeline
+    with _stop_on_signals() as stop:
+        if file := _chosen(file, run_file, work_dir):
+            from finetune_trainer import pipeline
 
-    with pipeline.open_run(file, work_dir, fresh=False) as opened, _stop_on_signals() as stop:
-        pipeline.prepare_stage(opened, Display(), stop.is_set)
-        click.echo(f"{opened.work}/{PREPARED}")
+            with pipeline.open_run(file, work_dir, fresh=False) as opened:
+                pipeline.prepare_stage(opened, Display(), stop.is_set)
+                click.echo(f"{opened.work}/{PREPARED}")
+        elif run_file:
+            from finetune_trainer.pods.prepare import prepare
+
+            prepare(run_file, stop.is_set)
 
 
 @click.command()
-@_FILE
+@_FILE_OR_RUN
+@_RUN
 @_WORK
-def train(file: Path, work_dir: Path | None) -> None:
+def train(file: Path | None, run_file: Path | None, work_dir: Path | None) -> None:
     """Train on prepared rows (preparing them first if need be); weights end in the run folder.
 
-    This is `finetune run` without the comparison, the publishing and the report.
+    This is `finetune run` without the comparison, the publishing and the report. With --run, in a RayCluster's head
+    pod, it does those too, and goes on answering on port 8090 when it has ended.
     """
-    from finetune_trainer import pipeline
+    with _stop_on_signals() as stop:
+        if file := _chosen(file, run_file, work_dir):
+            from finetune_trainer import pipeline
 
-    display = Display()
-    with pipeline.open_run(file, work_dir, fresh=False) as opened, _stop_on_signals() as stop:
-        manifest = pipeline.prepare_stage(opened, display, stop.is_set)
-        pipeline.train_stage(opened, manifest, display, stop.is_set)
-        click.echo(f"{opened.work}/{EXPORT}")
+            display = Display()
+            with pipeline.open_run(file, work_dir, fresh=False) as opened:
+                manifest = pipeline.prepare_stage(opened, display, stop.is_set)
+                pipeline.train_stage(opened, manifest, display, stop.is_set)
+                click.echo(f"{opened.work}/{EXPORT}")
+        elif run_file:
+            from finetune_trainer.pods.train import train
+
+            train(run_file, stop.is_set)
+
+
+@click.command()
+@click.option(
+    "--run",
+    "run_file",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The run.json that the operator mounted.",
+)
+def result(run_file: Path) -> None:
+    """Say what came out of a run, in a pod: the operator reads it from the termination message."""
+    from finetune_trainer.pods.result import result
+
+    result(run_file)
+
+
+def _chosen(file: Path | None, run_file: Path | None, work_dir: Path | None) -> Path | None:
+    """FILE, or None when --run is meant.
+
+    Raises:
+        UsageError: both or neither, or --work-dir with --run.
+    """
+    if (file is None) == (run_file is None):
+        raise click.UsageError("give FILE, or --run in a pod, and not both")
+    if run_file and work_dir:
+        raise click.UsageError("--work-dir goes with FILE; a run.json names its work folder")
+    return file
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +15,24 @@ from finetune_api.errors import FinetuneError
 from finetune_trainer.telemetry import Telemetry
 
 
+class _Everywhere(ThreadingHTTPServer):
+    """Listens on every address, of IPv6 too where this machine has it."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 @contextmanager
 def served(telemetry: Telemetry, port: int, host: str = "127.0.0.1") -> Iterator[int]:
     """Serves until the block is left; yields the port.
 
     Args:
         port: 0 takes a free one.
+        host: address to listen on; empty: every one that this machine has.
 
     Raises:
         FinetuneError: the port is taken.
@@ -48,7 +61,7 @@ def served(telemetry: Telemetry, port: int, host: str = "127.0.0.1") -> Iterator
             """Nothing: a scrape is no news."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = (ThreadingHTTPServer if host else _Everywhere)((host, port), Handler)
     except OSError as error:
         raise FinetuneError(
             f"{host}:{port} cannot be listened on: {error.strerror}", hint="choose another port"

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -153,18 +153,14 @@ def _publish(run: RunConfig, result: Result) -> None:
     work = Path(run.work)
     output = storage.resolve(run.spec.output.uri, run.base_dir, where="spec.output.uri")
     if any(not gate.passed for gate in result.gates):
-        output = _inside(output, "rejected")
+        output = output.inside("rejected")
     for folder in _folders(work):
-        storage.publish(folder, _inside(output, folder.name), last=_LAST[folder.name])
+        storage.publish(folder, output.inside(folder.name), last=_LAST[folder.name])
     with tempfile.TemporaryDirectory() as scratch:
         for name in REPORT_FILES:
             shutil.copyfile(work / name, Path(scratch, name))
         write_json(Path(scratch, RESULT_FILE), result.model_dump(mode="json"))
-        storage.publish(Path(scratch), _inside(output, "report"), last=RESULT_FILE)
-
-
-def _inside(location: storage.Location, name: str) -> storage.Location:
-    return replace(location, path=f"{location.path.rstrip('/')}/{name}", uri=f"{location.uri.rstrip('/')}/{name}")
+        storage.publish(Path(scratch), output.inside("report"), last=RESULT_FILE)
 
 
 def _folders(work: Path) -> list[Path]:

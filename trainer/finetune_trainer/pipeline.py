@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
 from finetune_api.errors import Interrupted, ModelError, SpecError, StorageError
 from finetune_api.files import load_job
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.result import Result
 from finetune_api.run import CHECKPOINTS, METRICS_FILE, PREPARED, RUN_FILE, Device, RunConfig
-from finetune_trainer import storage
+from finetune_trainer import base_model
 from finetune_trainer.finish import Price, finish
 from finetune_trainer.manifest import Manifest, write_json
 from finetune_trainer.planning import PLAN_FILE, JobPlan, plan
@@ -144,17 +142,11 @@ def finish_stage(run: RunConfig, price: Price | None, display: Display, should_s
 
 def _model_folder(source: str, base_dir: Path, work: Path) -> Path:
     """The base model's folder on this machine: where it is, or a copy in the run folder."""
-    where = "spec.model.source"
-    location = storage.resolve(source, base_dir, where=where)
-    if location.local:
-        return location.local
+    if folder := base_model.in_place(source, base_dir):
+        return folder
     copy = work / f"model-{hashlib.sha256(source.encode()).hexdigest()[:12]}"  # another source is another model
-    if not copy.exists():
-        partial = copy.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
-        with storage.explained(where):
-            pafs.copy_files(location.path, str(partial), source_filesystem=location.fs)
-        partial.rename(copy)
+    if not (copy / base_model.ORIGIN_FILE).exists():
+        base_model.fetch(base_model.look(source, base_dir), copy, base_dir)
     return copy
 
 

@@ -18,13 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import FinetuneError, Hang, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
 from finetune_trainer.pulse import watched
-from finetune_trainer.reporter import Event, Progress
+from finetune_trainer.reporter import Event, Progress, Reporter
 from finetune_trainer.watch import Beat, Order, Verdict, Watch, collective_timeout, hang_limit
 
 # Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
@@ -42,12 +43,13 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.3
 _EXIT_SECONDS = 10.0
 
 
-class _RayReporter:
+class RayReporter:
     """Rank 0's side of the actor. Sending never waits for the driver."""
 
     def __init__(self, actor: ActorHandle[Progress]) -> None:
@@ -82,40 +84,56 @@ class _RayWatcher:
         self._actor.done.remote(rank)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """Runs on every Ray Train worker."""
+# A rank's work: the run, its rank, where events go, what says that it is asked to stop, and the block in which it is
+# watched for hangs.
+Work = Callable[[RunConfig, int, Reporter, Callable[[], bool], AbstractContextManager[None]], None]
+
+
+def _train(
+    run: RunConfig, rank: int, reporter: Reporter, should_stop: Callable[[], bool], watch: AbstractContextManager[None]
+) -> None:
     from finetune_trainer.train import train
 
-    reporter = _RayReporter(config["progress"])
-    run, rank = RunConfig.model_validate_json(config["run"]), ray.train.get_context().get_world_rank()
-    with watched(_RayWatcher(config["watch"]), rank, platform.node(), hang_limit(run.spec)):
-        train(run, reporter, should_stop=reporter.should_stop)
+    with watch:
+        train(run, reporter, should_stop=should_stop)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs on every Ray Train worker."""
+    reporter, rank = RayReporter(config["progress"]), ray.train.get_context().get_world_rank()
+    run = RunConfig.model_validate_json(config["run"])
+    if rank == 0:
+        node = ray.get_runtime_context().get_node_id()
+        reporter.event({"event": "placed", "time": time.time(), "node": node})
+    watch = watched(_RayWatcher(config["watch"]), rank, platform.node(), hang_limit(run.spec))
+    config["work"](run, rank, reporter, reporter.should_stop, watch)
 
 
 @contextlib.contextmanager
 def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
     """A Ray cluster of this process's own, on loopback and behind a token; gone with its files on leaving.
 
-    Where RAY_ADDRESS is set (in a RayCluster's head pod) that cluster is used instead and left running.
+    Where this process is connected to a cluster already, that one is used and left as it is.
     Yields a scratch folder for Ray Train's own state.
     """
+    if ray.is_initialized():
+        with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+            yield Path(folder)
+        return
     scratch = Path(tempfile.mkdtemp(prefix="finetune-"))
     on_terminate = signal.getsignal(signal.SIGTERM)
     others = set(psutil.Process().children(recursive=True))
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**common)
-        else:
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-                num_gpus=gpus or None,
-                include_dashboard=False,
-                object_store_memory=100 * 2**20,  # events and configurations only: tensors never go through it
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(scratch / "ray"),
-                **common,
-            )
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            num_gpus=gpus or None,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # events and configurations only: tensors never go through it
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(scratch / "ray"),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init takes it: the run would end without a checkpoint
         yield scratch
     finally:
@@ -128,25 +146,37 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def train_with_ray(run: RunConfig, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+def train_with_ray(
+    run: RunConfig,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    work: Work = _train,
+    log: Path | None = None,
+    retries: int | None = None,
+) -> None:
     """Trains with `run.spec.workers` on Ray Train; returns when the workers have ended.
 
     Args:
         run: the run; its data are prepared.
         on_event: called in this thread with every event of `docs/design/run-folder.md`, in order.
         should_stop: polled in this thread; once true, the workers checkpoint and leave.
+        work: what each rank does.
+        log: where tracebacks of an unexpected failure go; by default error.log in the run's folder.
+        retries: new attempts when a worker died; by default `limits.retries`.
 
     Raises:
-        FinetuneError: what a worker raised, or TrainingError when one died (after `limits.retries` new attempts).
+        FinetuneError: what a worker raised, or TrainingError when one died and no retry is left.
     """
+    retries = run.spec.limits.retries if retries is None else retries
+    log = log or Path(run.work) / ERROR_LOG
     workers = run.spec.workers
     processes = workers.count * max(1, workers.gpus_each)
     with local_cluster(processes * workers.cpus_each, workers.count * workers.gpus_each) as scratch:
-        for attempt in range(run.spec.limits.retries + 1):
-            failure = _attempt(run, scratch, attempt, processes, on_event, should_stop)
+        for attempt in range(retries + 1):
+            failure = _attempt(run, scratch, attempt, processes, on_event, should_stop, work, log)
             if failure is None:
                 return
-            if not isinstance(failure, _WorkerDied | Hang) or should_stop() or attempt == run.spec.limits.retries:
+            if not isinstance(failure, _WorkerDied | Hang) or should_stop() or attempt == retries:
                 raise failure
             on_event({"event": "retry", "time": time.time(), "attempt": attempt + 1, "reason": failure.what})
 
@@ -162,16 +192,18 @@ def _attempt(
     processes: int,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    work: Work,
+    log: Path,
 ) -> FinetuneError | None:
     """One start of the worker group; what ended it early, or None when it ended well."""
     spec = run.spec
     limit = hang_limit(spec)
-    progress = ray.remote(num_cpus=0)(Progress).remote()
-    watch = ray.remote(num_cpus=0)(Watch).remote(range(processes), limit)
+    progress = beside_driver(Progress).remote()
+    watch = beside_driver(Watch).remote(range(processes), limit)
     threads = str(max(1, int(spec.workers.cpus_each)))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": run.model_dump_json(), "progress": progress, "watch": watch},
+        train_loop_config={"run": run.model_dump_json(), "progress": progress, "watch": watch, "work": work},
         torch_config=TorchConfig(timeout_s=math.ceil(collective_timeout(limit))),
         scaling_config=ScalingConfig(
             num_workers=processes,
@@ -184,24 +216,44 @@ def _attempt(
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         ),
     )
+
+    def look_and_ask() -> bool:
+        ray.get(watch.verdict.remote(look=True))
+        return should_stop()
+
+    failure = followed(progress, lambda: _fit(trainer, log), on_event, look_and_ask)
+    return _hang(ray.get(watch.verdict.remote(look=False)), log, on_event) or failure
+
+
+def beside_driver(kind: Any) -> Any:
+    """An actor class of this kind, to be made on the driver's node: its actors are lost only together with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind)
+
+
+def followed(
+    progress: ActorHandle[Progress],
+    work: Callable[[], FinetuneError | None],
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> FinetuneError | None:
+    """What `work` returns; events that `progress` gets meanwhile are passed on, and a request to stop is passed in."""
     outcome: list[FinetuneError | None] = []
-    log = Path(run.work) / ERROR_LOG
-    fit = threading.Thread(target=lambda: outcome.append(_fit(trainer, log)), name="ray-train", daemon=True)
-    fit.start()
+    thread = threading.Thread(target=lambda: outcome.append(work()), name="ray-work", daemon=True)
+    thread.start()
     seen, asked = 0, False
     while True:
-        running = fit.is_alive()
-        verdict = ray.get(watch.verdict.remote(look=running))
+        running = thread.is_alive()
         events = ray.get(progress.since.remote(seen))
         seen += len(events)
         for event in events:
             on_event(event)
         if not running:
-            return _hang(verdict, log, on_event) or outcome[0]
+            return outcome[0]
         if should_stop() and not asked:
             progress.request_stop.remote()
             asked = True
-        fit.join(_POLL_SECONDS)
+        thread.join(_POLL_SECONDS)
 
 
 def _hang(verdict: Verdict | None, log: Path, on_event: Callable[[Event], None]) -> Hang | None:

@@ -88,6 +88,10 @@ class Telemetry:
         self._end("failed", now)
         self._failure, self._result = failure, result
 
+    def stop(self, now: float) -> None:
+        """The run has ended on request."""
+        self._end("stopped", now)
+
     def report(self, now: float) -> ProgressReport:
         """Where the run is."""
         step = self._last_step

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jinja2 import TemplateError
 
 from finetune_api.errors import ModelError
+from finetune_trainer.base_model import file_names
 from finetune_trainer.manifest import TokenizerFacts
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
 )
 _COPY: Final = "copy it from the model's origin"
-_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
@@ -147,17 +148,18 @@ def _bad_template(tokenizer: PreTrainedTokenizerBase, what: str) -> ModelError:
 
 
 def _check_weights(folder: Path) -> None:
+    names = file_names(folder)
     if (folder / _INDEX_FILE).is_file():
         index = _read_object(folder / _INDEX_FILE)
-        missing = sorted({name for name in index.get("weight_map", {}).values() if not (folder / name).is_file()})
+        missing = sorted(set(index.get("weight_map", {}).values()) - names)
         if missing:
             raise ModelError(
                 f"{len(missing)} of the model's weight files are missing, the first is {missing[0]}",
                 where=str(folder / _INDEX_FILE),
                 hint="finish the download of the model",
             )
-    elif not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    elif not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
         raise ModelError(
             f"the weights are pickles ({pickles[0]}), which can run code when loaded" if pickles else "no weights",
             where=str(folder),

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from finetune_api.errors import FinetuneError, Interrupted, TrainingError
+from finetune_api.errors import FinetuneError, GpuMemoryFull, Interrupted, NotFinite
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
 from finetune_trainer import flops, references, sampling
 from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batches
@@ -214,7 +214,7 @@ class _Loop:
         """One optimizer step over a global batch, and its report. A collective.
 
         Raises:
-            TrainingError: the loss or its gradient is not finite.
+            NotFinite: the loss or its gradient is not finite.
         """
         started = time.perf_counter()
         positions = self.order.positions(self.step)
@@ -322,17 +322,17 @@ class _Loop:
         if self.skipped > (_SKIPS if self.training.precision == "fp16" else 0):
             raise self._diverged("the gradient", positions)
 
-    def _out_of_memory(self) -> TrainingError:
-        return TrainingError(
+    def _out_of_memory(self) -> GpuMemoryFull:
+        return GpuMemoryFull(
             f"the GPU's memory is full in step {self.step + 1}, at {_peak_memory(self.world.device) / 2**30:.1f} GiB",
             hint="lower training.microBatch or data.sequenceLength, set training.activationCheckpointing, use more "
             "workers with deepspeed.zeroStage 3, or deepspeed.offload",
         )
 
-    def _diverged(self, what: str, positions: sampling.Positions) -> TrainingError:
+    def _diverged(self, what: str, positions: sampling.Positions) -> NotFinite:
         shown = ", ".join(str(p) for p in positions[:MOST_SEQUENCES])
         shown += " …" if len(positions) > MOST_SEQUENCES else ""
-        return TrainingError(
+        return NotFinite(
             f"{what} of step {self.step + 1} is not finite; training sequences of its batch: {shown}",
             where=str(Path(self.run_config.work) / METRICS_FILE),
             hint="lower training.learningRate, raise warmup, or use bf16 or fp32; no checkpoint holds this step",

@@ -14,10 +14,9 @@ from typing import Final, Literal
 
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec, Storage
-from finetune_api.stage import CA_PATH, RUN_PATH, SCRATCH_PATH, STORAGE_SECRET_PATH
+from finetune_api.stage import CA_PATH, MODEL_CLAIM_PATH, RUN_PATH, SCRATCH_PATH, STORAGE_SECRET_PATH
 from finetune_operator.children.owner import Manifest
 
-MODEL_CLAIM_PATH: Final = "/model-claim"  # where pods see the volume of a model at pvc://
 _CLAIM: Final = re.compile(r"pvc://([a-z0-9][-a-z0-9.]*)(?:/|$)")
 _MEBIBYTES: Final = {"Mi": 1, "Gi": 1024}
 
