@@ -27,12 +27,17 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Serves the folders below `folder`/buckets; stops when the block is left."""
+def s3_server(folder: Path, tls: tuple[Path, Path] | None = None) -> Iterator[S3Server]:
+    """Serves the folders below `folder`/buckets; stops when the block is left.
+
+    Args:
+        tls: certificate and key, for HTTPS.
+    """
     root, attributes = folder / "buckets", folder / "attributes"
     root.mkdir()
     attributes.mkdir()
     port = free_port()
+    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     access, secret = "finetune-test", "finetune-test-secret"
     server = subprocess.Popen(
         [
@@ -40,6 +45,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
             "--port",
             f"127.0.0.1:{port}",
             "--quiet",
+            *(["--cert", str(tls[0]), "--key", str(tls[1])] if tls else []),
             "posix",
             "--sidecar",
             attributes,
@@ -51,10 +57,10 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     try:
         _wait_for(port)
         yield S3Server(
-            endpoint=f"http://127.0.0.1:{port}",
+            endpoint=endpoint,
             root=root,
             environment={
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ENDPOINT_URL": endpoint,
                 "AWS_ACCESS_KEY_ID": access,
                 "AWS_SECRET_ACCESS_KEY": secret,
                 "AWS_REGION": "us-east-1",
@@ -64,6 +70,16 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     finally:
         server.terminate()
         server.wait()
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for this machine, and its key."""
+    files = folder / "tls.crt", folder / "tls.key"
+    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += [*subject, "-days", "2", "-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
 
 
 def _wait_for(port: int) -> None:

@@ -101,6 +101,7 @@ def test_a_server_that_is_not_there_is_told(
     tmp_path: Path, model: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("FINETUNE_STORAGE_PATIENCE", "1")
     assert "NETWORK_CONNECTION" in _refused(tmp_path, model, "s3://data/rows/a.jsonl").what
 
 

@@ -5,23 +5,22 @@ Credentials come from the environment or the pod's identity, never from a URI; s
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from finetune_api.errors import SpecError, StorageError
+from finetune_trainer.patience import persistently
+from finetune_trainer.stores import SCHEMES, open_store
 
-_CONNECT_SECONDS: Final = 10.0
-_REQUEST_SECONDS: Final = 60.0
 _COPY_BYTES: Final = 8 << 20
-_OBJECT_STORES: Final = ("s3", "gs", "abfs", "abfss")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
         StorageError: the file system cannot be set up.
     """
     parts = urlsplit(uri)
-    if parts.scheme in _OBJECT_STORES:
+    if parts.scheme in SCHEMES:
         if ("@" in parts.netloc and parts.scheme in ("s3", "gs")) or parts.password or parts.query:
             raise SpecError(
                 "a storage URI may carry neither credentials nor options",
@@ -69,7 +68,8 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
                 hint="set AWS_ACCESS_KEY_ID and the like in the environment, or use the pod's identity",
             )
         with explained(uri):
-            return _object_store(uri, parts.scheme, parts.netloc, unquote(parts.path))
+            fs, bucket = open_store(parts.scheme, parts.netloc, where)
+        return Location(fs, f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/"), uri)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise SpecError(
@@ -113,12 +113,12 @@ def list_files(location: Location, left_out: tuple[str, ...] = (".", "_")) -> li
         StorageError: nothing is there, or it cannot be listed.
     """
     with explained(location.uri):
-        info = location.fs.get_file_info(location.path)
+        info = _info(location)
         if info.type == pafs.FileType.NotFound:
             raise StorageError("there is no such file or folder", where=location.uri, hint="check the path's spelling")
         if info.type != pafs.FileType.Directory:
             return [_stored(location, info)]
-        found = location.fs.get_file_info(pafs.FileSelector(location.path, recursive=True))
+        found = persistently(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, recursive=True)))
     root = location.path.rstrip("/") + "/"
     files = [
         info
@@ -138,7 +138,7 @@ def exists(location: Location) -> bool:
         StorageError: the store does not answer or refuses.
     """
     with explained(location.uri):
-        return bool(location.fs.get_file_info(location.path).type != pafs.FileType.NotFound)
+        return bool(_info(location).type != pafs.FileType.NotFound)
 
 
 def read_bytes(location: Location) -> bytes | None:
@@ -147,54 +147,95 @@ def read_bytes(location: Location) -> bytes | None:
     Raises:
         StorageError: it cannot be read.
     """
+
+    def read() -> bytes:
+        with location.fs.open_input_file(location.path) as file:
+            size, content = file.size(), bytes(file.read())
+        if len(content) != size:
+            raise OSError(f"{len(content):,} of {size:,} bytes came")
+        return content
+
     with explained(location.uri):
-        if location.fs.get_file_info(location.path).type != pafs.FileType.File:
-            return None
-        with location.fs.open_input_stream(location.path) as stream:
-            return bytes(stream.read())
+        return persistently(read) if _info(location).type == pafs.FileType.File else None
 
 
-def download(source: Location, target: Path) -> None:
-    """Copies a file here; `target` is there whole or as it was.
+def download(source: Location, target: Path, sha256: str | None = None) -> None:
+    """Copies a file here; `target` is there whole or as it was. What breaks off is continued where it was.
+
+    Args:
+        sha256: what it must be; another is brought again. Without it a store is believed that sends fewer bytes than it
+            says within one answer: pyarrow does not tell.
 
     Raises:
-        StorageError: it cannot be read, or came in another length than the store says it has.
+        StorageError: it cannot be read, is not what it must be, or changed meanwhile.
     """
     partial = target.with_name(f".{target.name}.partial")
     with explained(source.uri):
         target.parent.mkdir(parents=True, exist_ok=True)
-        size = int(source.fs.get_file_info(source.path).size or 0)
-        with source.fs.open_input_stream(source.path) as stream, partial.open("wb") as copy:
-            shutil.copyfileobj(stream, copy, _COPY_BYTES)
-    if partial.stat().st_size != size:
-        raise StorageError(
-            f"{partial.stat().st_size:,} bytes came, and it has {size:,}", where=source.uri, hint="try again"
-        )
+        before = _info(source)
+        if before.type != pafs.FileType.File:
+            raise StorageError("there is no such file", where=source.uri, hint="check the path's spelling")
+        persistently(lambda: _copy(source, partial, int(before.size), sha256))
+        after = _info(source)
+    if (after.size, after.mtime_ns) != (before.size, before.mtime_ns):
+        raise StorageError("the file changed while it was read", where=source.uri, hint="try again when it is at rest")
     partial.replace(target)
 
 
+def _copy(source: Location, target: Path, size: int, sha256: str | None) -> None:
+    with target.open("wb+") as copy:
+        persistently(lambda: _continue(source, copy, size), moved=copy.tell)
+        copy.seek(0)
+        if sha256 is not None and hashlib.file_digest(copy, "sha256").hexdigest() != sha256:
+            raise OSError("what came is not what was written there: its SHA-256 is another")
+
+
+def _continue(source: Location, copy: BinaryIO, size: int) -> None:
+    """Appends to `copy` what it does not have yet of the source's `size` bytes."""
+    with source.fs.open_input_file(source.path) as file:
+        file.seek(copy.tell())
+        while (missing := size - copy.tell()) > 0:
+            block = file.read(min(missing, _COPY_BYTES))
+            if not block:
+                raise OSError(f"{copy.tell():,} of {size:,} bytes came")
+            copy.write(block)
+
+
 def upload(source: Path, target: Location, pace: Callable[[int], None] = lambda size: None) -> None:
-    """Copies a file to a disk or bucket; a reader sees it whole or as it was.
+    """Copies a file to a disk or bucket; a reader sees it whole, as it was, or not at all.
 
     Args:
         pace: called before each block with its bytes; may wait.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, or the store has another length of it.
     """
     with explained(target.uri):
-        local = target.local
-        path = target.path
-        if local is not None:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            path = str(local.with_name(f".{local.name}.partial"))
+        if (local := target.local) is None:
+            persistently(lambda: _put(source, target, pace))
+            return
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = replace(target, path=str(local.with_name(f".{local.name}.partial")))
+        _put(source, partial, pace)
+        Path(partial.path).replace(local)
+
+
+def _put(source: Path, target: Location, pace: Callable[[int], None]) -> None:
+    sent = 0
+    try:
         # Not pyarrow's copy_files: it takes an upload that the store refuses at its end for a success.
-        with source.open("rb") as stream, target.fs.open_output_stream(path) as copy:
+        with source.open("rb") as stream, target.fs.open_output_stream(target.path) as copy:
             while block := stream.read(_COPY_BYTES):
                 pace(len(block))
                 copy.write(block)
-        if local is not None:
-            Path(path).replace(local)
+                sent += len(block)
+        stored = target.fs.get_file_info(target.path).size
+        if stored != sent:
+            raise OSError(f"the store has {stored} of {sent} bytes")
+    except BaseException:
+        with suppress(OSError):  # pyarrow cannot give an upload up: on leaving, the half of it became the file
+            target.fs.delete_file(target.path)
+        raise
 
 
 def publish(folder: Path, target: Location, *, last: str) -> None:
@@ -212,8 +253,8 @@ def publish(folder: Path, target: Location, *, last: str) -> None:
             _publish_on_disk(folder, local)
             return
         marker = f"{target.path}/{last}"
-        if target.fs.get_file_info(marker).type == pafs.FileType.File:
-            target.fs.delete_file(marker)
+        if _info(replace(target, path=marker)).type == pafs.FileType.File:
+            persistently(lambda: target.fs.delete_file(marker))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / last)
         for path in [*files, folder / last]:
             upload(path, target.inside(path.relative_to(folder).as_posix()))
@@ -249,20 +290,8 @@ def _hint(said: str) -> str:
     return next((hint for word, hint in known.items() if word in said), otherwise)
 
 
-def _object_store(uri: str, scheme: str, bucket: str, key: str) -> Location:
-    if scheme != "s3":
-        fs, path = pafs.FileSystem.from_uri(uri)
-        return Location(fs, path, uri)
-    path = f"{bucket}/{key.strip('/')}".rstrip("/")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    fs = pafs.S3FileSystem(
-        endpoint_override=endpoint,  # pyarrow then names the bucket in the path, as servers other than AWS need
-        region=region or ("us-east-1" if endpoint else pafs.resolve_s3_region(bucket)),
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_REQUEST_SECONDS,
-    )
-    return Location(fs, path, uri)
+def _info(location: Location) -> pafs.FileInfo:
+    return persistently(lambda: location.fs.get_file_info(location.path))
 
 
 def _on_disk(path: Path, uri: str) -> Location:

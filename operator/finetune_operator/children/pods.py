@@ -17,6 +17,7 @@ from finetune_api.runtime import FinetuneRuntimeSpec, Storage
 from finetune_api.stage import CA_PATH, MODEL_CLAIM_PATH, RUN_PATH, SCRATCH_PATH, STORAGE_SECRET_PATH
 from finetune_operator.children.owner import Manifest
 
+_PATIENCE_SECONDS: Final = 600  # that storage may be away before a stage fails
 _CLAIM: Final = re.compile(r"pvc://([a-z0-9][-a-z0-9.]*)(?:/|$)")
 _MEBIBYTES: Final = {"Mi": 1, "Gi": 1024}
 
@@ -88,7 +89,8 @@ def _storage_environment(storage: Storage) -> dict[str, str]:
         "AWS_ENDPOINT_URL": storage.endpoint,
         "AWS_REGION": storage.region,
         "AWS_CA_BUNDLE": CA_PATH if storage.ca_bundle is not None else None,
-        "FINETUNE_S3_PATH_STYLE": "1" if storage.path_style else None,
+        "FINETUNE_S3_PATH_STYLE": str(int(storage.path_style)) if storage.endpoint is not None else None,
+        "FINETUNE_STORAGE_PATIENCE": str(_PATIENCE_SECONDS),
         # With keys of its own, a pod need not wait for a metadata address that the NetworkPolicy closes.
         "AWS_EC2_METADATA_DISABLED": "true" if storage.secret_name is not None else None,
     }
