@@ -85,6 +85,7 @@ generate: setup ## Write the files that are made from the models
 	$(BIN)/python scripts/dashboards.py $(INTO)$(CHART)/files/dashboards
 	$(BIN)/python -m finetune_operator.docs $(INTO)docs/reference
 	$(BIN)/python -m finetune_operator.plugin.docs $(INTO)docs/reference
+	$(BIN)/python scripts/metrics_page.py $(INTO)docs/reference
 
 .PHONY: bench
 bench: setup ## Measure training on this machine's CPU against TRL

@@ -263,6 +263,18 @@ class Output(Model):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Type on disk; auto: the base model's.")
 
 
+class Tracking(Model):
+    """Where the run's curves go besides its own report."""
+
+    kind: Literal["none", "tensorboard", "mlflow", "wandb"] = Field("none", description="Which tool.")
+    uri: Annotated[str, StringConstraints(max_length=512, pattern=patterns.ENDPOINT)] | None = Field(
+        None,
+        description="Server of MLflow or Weights & Biases. Absent: files in the run folder, and nothing leaves it. Its "
+        "key comes from the environment or the runtime's secret: MLFLOW_TRACKING_TOKEN, WANDB_API_KEY.",
+    )
+    project: ShortText = Field("finetune", description="MLflow's experiment, Weights & Biases' project.")
+
+
 class Prompt(Model):
     """A prompt whose answers, base and tuned, stand side by side in the report."""
 
@@ -354,6 +366,9 @@ class FinetuneJobSpec(Model):
     output: Output = Field(description="Where weights and report go.")
     evaluation: Evaluation = Field(
         default_factory=Evaluation, description="What is measured at the end, and what it must reach."
+    )
+    tracking: Tracking = Field(
+        default_factory=Tracking, description="TensorBoard, MLflow or Weights & Biases, offline unless told otherwise."
     )
     limits: Limits = Field(
         default_factory=Limits, description="The most attempts, time and money that the job may take."

@@ -1,4 +1,4 @@
-"""The reference pages of the failure classes, the rights, the settings, the metrics and the chart's values.
+"""The reference pages of the failure classes, the rights, the settings and the chart's values.
 
 python -m finetune_operator.docs docs/reference
 """
@@ -17,7 +17,6 @@ from finetune_api.docs import table
 from finetune_operator import chart, rights
 from finetune_operator.command import PREFIX, operator
 from finetune_operator.failures import POLICIES
-from finetune_operator.metrics import JobCollector, Metrics
 from finetune_operator.rights import Right
 from finetune_operator.stuck import WORDS
 
@@ -55,7 +54,7 @@ finished for 2 minutes. `/readyz` fails while a cache is not filled or its watch
 lead fills its caches too, and is ready to take over.
 """
 _METRICS: Final = """\
-The replica that leads exports the jobs; `finetune_operator_leader` says which one that is.
+[metrics.md](metrics.md) has them all, with those of the jobs' training.
 """
 
 
@@ -111,7 +110,7 @@ def _rows(allowed: Sequence[Right]) -> list[str]:
 
 
 def settings() -> str:
-    """The Markdown page of the operator's flags, its health and its metrics."""
+    """The Markdown page of the operator's flags, and of its health."""
     flags = [
         (
             " / ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts)),
@@ -124,22 +123,15 @@ def settings() -> str:
         for option in operator.params
         if isinstance(option, click.Option)
     ]
-    metrics = Metrics()
-    metrics.registry.register(JobCollector(list, dict))
-    families = [
-        (f"`{family.name}{'_total' if family.type == 'counter' else ''}`", family.type, family.documentation)
-        for family in metrics.registry.collect()
-    ]
     lines = [
         _NOTICE,
-        "# The operator's settings, health and metrics\n",
+        "# The operator's settings and health\n",
         inspect.cleandoc(operator.help or "") + "\n",
         *table(("Flag", "Variable", "Default", "Meaning"), flags),
         "## Health\n",
         _HEALTH,
         "## Metrics\n",
         _METRICS,
-        *table(("Metric", "Type", "Meaning"), sorted(families)),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -87,7 +87,9 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
 
 
 def test_metrics_follow_the_steps() -> None:
-    found = samples(trained(START, step(1), step(2, loss=1.25), {"event": "evaluation", "step": 2, "loss": 1.5}))
+    found = samples(
+        trained(START, step(1), step(2, loss=1.25), {"event": "evaluation", "step": 2, "loss": 1.5, "seconds": 0.2})
+    )
     assert found["finetune_train_loss", ""] == 1.25
     assert found["finetune_eval_loss", ""] == 1.5
     assert found["finetune_train_step", ""] == 2
@@ -97,7 +99,7 @@ def test_metrics_follow_the_steps() -> None:
 
 def test_metrics_of_preferences_are_margins_and_shares_of_pairs() -> None:
     figures = {"pairs": 4.0, "rewardMargin": 0.5, "rewardAccuracy": 0.75, "likelihoodAccuracy": 0.25}
-    evaluation = {"event": "evaluation", "step": 1, "loss": 0.6} | figures | {"rewardMargin": 0.25}
+    evaluation = {"event": "evaluation", "step": 1, "loss": 0.6, "seconds": 0.1} | figures | {"rewardMargin": 0.25}
     found = samples(trained(START, step(1) | figures, evaluation))
     assert found["finetune_train_reward_margin", ""] == 0.5
     assert found["finetune_train_reward_accuracy_ratio", ""] == 0.75
@@ -106,9 +108,14 @@ def test_metrics_of_preferences_are_margins_and_shares_of_pairs() -> None:
     assert found["finetune_eval_likelihood_accuracy_ratio", ""] == 0.25
 
 
-def test_spikes_are_counted() -> None:
+def test_what_goes_wrong_is_counted() -> None:
     spike = {"event": "spike", "step": 2, "loss": 9.0, "expected": 2.0, "sequences": [4]}
-    assert samples(trained(START, step(1), step(2, loss=9.0), spike))["finetune_train_loss_spikes_total", ""] == 1
+    hang = {"event": "hang", "step": 2, "rank": 1, "node": "n"}
+    retry = {"event": "retry", "attempt": 1, "reason": "rank 1 stood still"}
+    found = samples(trained(START, step(1), spike, hang, retry, {"event": "warning", "message": "damaged"}))
+    names = ("loss_spikes", "hangs", "restarts", "warnings")
+    assert [found[f"finetune_train_{name}_total", ""] for name in names] == [1, 1, 1, 1]
+    assert found["finetune_train_attempt", ""] == 3
 
 
 def test_the_operator_understands_what_is_served() -> None:

@@ -24,6 +24,7 @@ from finetune_trainer.prepare import prepare
 from finetune_trainer.progress import Display, TrainingStatus, count
 from finetune_trainer.ray_adapter import train_with_ray
 from finetune_trainer.reporter import Event, MetricsFile
+from finetune_trainer.tracking import check_tracking, tracked
 
 # A checkpoint made under other values of these could not be gone on from.
 _FIXED = ("model", "method", "data", "training", "deepspeed")
@@ -67,6 +68,7 @@ def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bo
     Raises:
         SpecError: the job does not fit its GPUs.
     """
+    check_tracking(run.spec)
     with display.stage("prepare") as stage:
 
         def progress(done: float, total: float, what: str) -> None:
@@ -106,11 +108,16 @@ def train_stage(
 ) -> None:
     """Shards become weights in `<work>/export`; `observe` is told every event."""
     status = TrainingStatus()
-    with display.stage("train") as stage, MetricsFile(Path(run.work) / METRICS_FILE) as metrics:
+    with (
+        display.stage("train") as stage,
+        MetricsFile(Path(run.work) / METRICS_FILE) as metrics,
+        tracked(run, stage.note) as track,
+    ):
 
         def on_event(event: Event) -> None:
             metrics.event(event)
             observe(event)
+            track(event)
             line = status.update(event)
             if event["event"] in ("warning", "retry", "spike"):
                 stage.note(line)

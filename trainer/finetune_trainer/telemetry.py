@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, disable_created_metrics, generate_latest
 
 from finetune_api.run import CHECKPOINTS, checkpoint_name
 from finetune_api.stage import ProgressReport, ReportedCheckpoint, SpentSeconds, StageFailure
@@ -31,8 +31,10 @@ class Telemetry:
     """
 
     def __init__(self, work: str, attempt: int, now: float) -> None:
+        disable_created_metrics()  # series that double the page and that nobody reads
         self.registry = CollectorRegistry()
         self._metrics = Metrics(self.registry)
+        self._metrics.attempt.set(attempt)
         self._work, self._attempt = work.rstrip("/"), attempt
         self._state: State = "starting"
         self._moved = self._exporting = now
@@ -50,6 +52,7 @@ class Telemetry:
     def event(self, event: Event, now: float) -> None:
         """Takes one event in."""
         self._moved = now
+        self._metrics.count(event["event"])
         match event["event"]:
             case "start":
                 self._start(event)
@@ -66,13 +69,9 @@ class Telemetry:
                 if self._written[0] == event["step"]:  # what was trained until it was written is safe now
                     self._safe = self._written[1]
                 self._stood_still(event["waited"])
-            case "spike":
-                self._metrics.spikes.inc()
-            case "hang":
-                self._metrics.hangs.inc()
+                self._metrics.complete(event)
             case "retry":
                 self._state = "starting"
-                self._metrics.restarts.inc()
             case "export":
                 self._state, self._exporting = "finishing", now
             case "end" if event["reason"] == "interrupted":
@@ -197,6 +196,14 @@ class Metrics:
         self.checkpoint_seconds = Summary(
             "finetune_checkpoint_seconds", "Time that training stood still for a checkpoint.", registry=registry
         )
+        self.checkpoint_complete = Summary(
+            "finetune_checkpoint_complete_seconds",
+            "Time from the beginning of a checkpoint until it was whole and stored, beside training.",
+            registry=registry,
+        )
+        self.checkpoint_step = gauge("checkpoint_step", "Optimizer steps in the newest complete checkpoint.")
+        self.checkpoint_bytes = gauge("checkpoint_size_bytes", "Size of the newest complete checkpoint.")
+        self.evaluation_seconds = Summary("finetune_eval_seconds", "Time of evaluations.", registry=registry)
         self.gpu_memory = gauge("gpu_memory_bytes", "Most memory of rank 0's GPU in use so far.")
         self.memory = gauge("train_memory_bytes", "Most resident memory of rank 0 so far, where it has no GPU.")
         self.on_gpu = False
@@ -205,6 +212,10 @@ class Metrics:
             "finetune_train_loss_spikes", "Steps whose loss jumped far above those before.", registry=registry
         )
         self.workers = gauge("train_workers", "Processes that train.")
+        self.attempt = gauge("train_attempt", "Number of the attempt, from 1.")
+        self.warnings = Counter(
+            "finetune_train_warnings", "Warnings, such as a damaged checkpoint that was passed over.", registry=registry
+        )
         self.restarts = Counter(
             "finetune_train_restarts", "Times that the workers were started again in this process.", registry=registry
         )
@@ -215,6 +226,18 @@ class Metrics:
         self.step.set(event["resumedFromStep"] or 0)
         self.total_steps.set(event["totalSteps"])
         self.workers.set(event["worldSize"])
+
+    def count(self, kind: str) -> None:
+        """Counts an event, if events of its kind are counted."""
+        counters = {"spike": self.spikes, "hang": self.hangs, "warning": self.warnings, "retry": self.restarts}
+        if counter := counters.get(kind):
+            counter.inc()
+
+    def complete(self, event: Event) -> None:
+        """Takes a checkpoint that became complete."""
+        self.checkpoint_complete.observe(event["seconds"])
+        self.checkpoint_step.set(event["step"])
+        self.checkpoint_bytes.set(event["bytes"])
 
     def take_step(self, event: Event) -> None:
         """Takes a step's figures; those that it does not have stay as they are."""
@@ -239,6 +262,7 @@ class Metrics:
 
     def take_evaluation(self, event: Event) -> None:
         """Takes an evaluation's figures."""
+        self.evaluation_seconds.observe(event["seconds"])
         figures = (
             (self.evaluation_loss, "loss"),
             (self.evaluation_margin, "rewardMargin"),
