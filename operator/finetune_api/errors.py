@@ -8,6 +8,8 @@
     ├── TrainingError        exit 6   the run itself: NaN loss, out of memory, a worker that died
     │   ├── Hang             exit 6   a worker stood still, and the others waited for it
     │   ├── GpuMemoryFull    exit 6   a GPU's memory did not hold the step
+    │   ├── HostMemoryFull   exit 6   a machine's or container's memory did not hold the step
+    │   ├── SharedMemoryFull exit 6   /dev/shm did not hold what workers share
     │   └── NotFinite        exit 6   the loss or a gradient is not a number
     ├── ExportError          exit 7   the written weights do not load or do not give the same logits
     ├── GateFailed           exit 8   the run finished and an evaluation gate was missed
@@ -65,6 +67,14 @@ class StorageError(FinetuneError):
 
 class TrainingError(FinetuneError):
     exit_code = 6
+
+
+class HostMemoryFull(TrainingError):
+    pass
+
+
+class SharedMemoryFull(TrainingError):
+    pass
 
 
 class Hang(TrainingError):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from finetune_api.errors import FinetuneError, GpuMemoryFull, Interrupted, NotFinite
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, PREPARED, RunConfig
-from finetune_trainer import flops, references, sampling
+from finetune_trainer import faults, flops, references, sampling
 from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batches
 from finetune_trainer.checkpoint import CheckpointStore
 from finetune_trainer.clock import StepClock
@@ -76,20 +76,21 @@ def train(
     Raises:
         FinetuneError: the model, the data or the run itself; the same on every worker.
     """
-    wait_for_collectives(collective_timeout(hang_limit(run.spec)))
-    world = join_world(run.spec.deepspeed.sequence_parallel)
-    loop = _Loop(run, reporter, world, remote, upload_rate)
-    if not loop.find_references(should_stop):
-        outcome = Outcome("interrupted", 0)
-    else:
-        loop.resume()
-        outcome = loop.run(should_stop)
-    if outcome.reason == "complete":
-        loop.pulse.on("export")
-        loop.report("export", step=outcome.step)
-        export(loop.engine.module.model, run, Path(run.work) / EXPORT, world)
-    loop.report("end", step=outcome.step, reason=outcome.reason)
-    return outcome
+    with faults.named(Path(run.work)):
+        wait_for_collectives(collective_timeout(hang_limit(run.spec)))
+        world = join_world(run.spec.deepspeed.sequence_parallel)
+        loop = _Loop(run, reporter, world, remote, upload_rate)
+        if not loop.find_references(should_stop):
+            outcome = Outcome("interrupted", 0)
+        else:
+            loop.resume()
+            outcome = loop.run(should_stop)
+        if outcome.reason == "complete":
+            loop.pulse.on("export")
+            loop.report("export", step=outcome.step)
+            export(loop.engine.module.model, run, Path(run.work) / EXPORT, world)
+        loop.report("end", step=outcome.step, reason=outcome.reason)
+        return outcome
 
 
 @dataclass(frozen=True)
