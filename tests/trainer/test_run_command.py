@@ -39,6 +39,7 @@ JOB: dict[str, Any] = {
         "workers": {"count": 2},
         "checkpoint": {"everySteps": 50},
         "output": {"uri": "./output"},
+        "tracking": {"kind": "tensorboard"},
         "evaluation": {"prompts": [{"prompt": "What is 2 plus 2?"}], "maxNewTokens": 8},
     },
 }
@@ -123,6 +124,8 @@ def test_a_run_leaves_weights_and_a_report(undisturbed: tuple[Project, str]) -> 
     assert project.steps() == list(range(1, STEPS + 1))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= _names(project.folder / "output" / "merged")
     assert {"report.html", "report.md", "report.json"} <= _names(project.work)
+    (curves,) = (project.work / "tracking" / "tensorboard").iterdir()
+    assert curves.read_bytes().count(b"train/loss") == STEPS
     assert "✓ train" in output
     assert "Traceback" not in output
     assert project.processes() == {}
