@@ -19,6 +19,7 @@ from finetune_api.run import METRICS_FILE, MODEL_FILE, PREPARED, RunConfig
 from finetune_trainer import base_model, storage
 from finetune_trainer.base_model import Origin
 from finetune_trainer.manifest import MANIFEST_FILE, Manifest, read_manifest, write_json
+from finetune_trainer.tracking import TRACKING
 
 Moved = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -112,6 +113,13 @@ def fetch_metrics(run: RunConfig, local: RunConfig) -> None:
     file.unlink(missing_ok=True)
     if storage.exists(remote):
         storage.download(remote, file)
+
+
+def publish_curves(run: RunConfig, local: RunConfig) -> None:
+    """Uploads what a tracker wrote into files."""
+    work = Path(local.work)
+    for file in sorted(path for path in (work / TRACKING).rglob("*") if path.is_file() and not path.is_symlink()):
+        storage.upload(file, prefix(run).inside(str(file.relative_to(work))))
 
 
 def publish_metrics(run: RunConfig, local: RunConfig) -> None:

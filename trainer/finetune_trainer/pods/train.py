@@ -25,6 +25,7 @@ from finetune_trainer.pods.result import as_status, read_result
 from finetune_trainer.pods.worker import finish_run, train_rank
 from finetune_trainer.progress import Display, Stage, TrainingStatus
 from finetune_trainer.reporter import Event, MetricsFile
+from finetune_trainer.tracking import tracked
 
 
 def train(run_file: Path, should_stop: Callable[[], bool]) -> None:
@@ -80,9 +81,9 @@ class _Driver:
         exchange.fetch_metrics(self._run, self._local)
         started = time.monotonic()
         log = Path(self._local.work) / ERROR_LOG
-        with self._taking("train") as take, self._kept(log):
+        with self._taking("train") as take, self._kept(log), self._curves(take) as follow:
             # Another attempt is the operator's to make: it numbers them and has the budget.
-            train_with_ray(self._run, take, self._should_stop, train_rank, log, retries=0)
+            train_with_ray(self._run, follow, self._should_stop, train_rank, log, retries=0)
             if self._status.outcome == "interrupted":
                 raise Interrupted(
                     f"stopped at step {self._status.step} of {self._status.total}; a checkpoint was written",
@@ -108,6 +109,26 @@ class _Driver:
                     storage.upload(log, target)
                     error.where = target.uri
             raise
+
+    @contextlib.contextmanager
+    def _curves(self, take: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
+        """What takes the events, and sends them to the job's tracker; its files are kept beside the rows."""
+
+        def follow(event: Event) -> None:
+            take(event)
+            track(event)
+
+        try:
+            with tracked(self._local, self._say) as track:
+                yield follow
+        finally:
+            try:
+                exchange.publish_curves(self._run, self._local)
+            except StorageError as error:
+                self._say(f"the tracker's files are not uploaded: {error.what}")
+
+    def _say(self, message: str) -> None:
+        self._display.console.print(message, markup=False)
 
     @contextlib.contextmanager
     def _taking(self, name: str) -> Iterator[Callable[[Event], None]]:
@@ -136,6 +157,6 @@ class _Driver:
             try:
                 exchange.publish_metrics(self._run, self._local)
             except StorageError as error:
-                self._display.console.print(f"metrics.jsonl is not uploaded: {error.what}", markup=False)
+                self._say(f"metrics.jsonl is not uploaded: {error.what}")
             finally:
                 self._uploading.release()
