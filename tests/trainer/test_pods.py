@@ -30,6 +30,7 @@ SPEC: dict[str, Any] = {
     "workers": {"count": 2},
     "checkpoint": {"everySteps": 4},
     "output": {"uri": "s3://bucket/out"},
+    "tracking": {"kind": "tensorboard"},
     "evaluation": {"prompts": [{"prompt": "What is 2 plus 2?"}], "maxNewTokens": 8},
 }
 WORK = "s3://bucket/work/job"
@@ -90,6 +91,8 @@ def test_training_publishes_weights_from_the_pod_that_has_them(whole: Whole) -> 
     steps = [json.loads(line) for line in (whole.bucket / "work/job/metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in steps if event["event"] == "step"] == list(range(1, STEPS + 1))
     assert not list((whole.pods.folder / "head").rglob("*.safetensors")), "the head holds no weights"
+    (curves,) = (whole.bucket / "work/job/tracking/tensorboard").iterdir()
+    assert curves.read_bytes().count(b"train/loss") == STEPS
 
 
 def test_every_worker_pod_has_its_own_copy_of_model_and_rows(whole: Whole) -> None:
