@@ -7,7 +7,7 @@ import yaml
 
 from finetune_api.crd import KINDS
 from finetune_api.crd import manifest as definition
-from finetune_operator import client, rights
+from finetune_operator import chart, client, rights
 from finetune_operator.client import Resource
 from finetune_operator.command import operator
 from finetune_operator.controller import STOP_LIMIT
@@ -27,6 +27,9 @@ def only(kind: str) -> dict[str, Any]:
 def test_the_written_files_are_current() -> None:
     assert (ROOT / "manifests/install.yaml").read_text() == install_yaml()
     assert (ROOT / "docs/reference/rbac.md").read_text() == rbac()
+    assert (ROOT / "docs/reference/chart.md").read_text() == chart.reference()
+    for name, text in chart.files().items():
+        assert (ROOT / "charts/finetune-operator" / name).read_text() == text, f"{name}: make generate"
 
 
 def test_the_file_holds_the_definitions_and_every_other_manifest_once_with_the_namespace_first() -> None:
