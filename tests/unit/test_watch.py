@@ -117,8 +117,11 @@ def test_a_slow_step_is_given_twenty_times_its_usual_time() -> None:
     assert world.run(10) is not None
 
 
-def test_loading_and_writing_the_model_may_take_longer_but_not_for_ever() -> None:
+@pytest.mark.parametrize("doing", ["start", "last step", "export"])
+def test_loading_storing_and_writing_may_take_longer_but_not_for_ever(doing: str) -> None:
     world = World(2)
+    for rank in range(2):
+        world.move(rank, doing)
     assert world.run(6 * LIMIT - 4) is None
     assert world.run(8) is not None
     assert collective_timeout(LIMIT) > 6 * LIMIT + 20, "the watch speaks before a collective gives up"

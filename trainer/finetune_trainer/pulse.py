@@ -38,7 +38,7 @@ class Pulse:
         self._seconds: deque[float] = deque(maxlen=16)
 
     def on(self, doing: str) -> None:
-        """The loop got on: it has done this, or begins a `start` or `export`, which may take long."""
+        """The loop got on: it has done this, or begins what may take long (`watch.py`)."""
         self.doing = doing
         self.moves += 1
 

@@ -208,6 +208,7 @@ class _Loop:
                 self.save()
             if asked.stop and not last:
                 break
+        self.pulse.on("last step")
         self.checkpoints.finish()
         return Outcome("complete" if self.step == self.order.steps else "interrupted", self.step)
 

@@ -20,8 +20,8 @@ from finetune_trainer.stacks import Stack, blocked_at, in_collective
 Order = Literal["go on", "tell", "leave"]  # tell: send your stacks; leave: end your process
 
 _STEPS: Final = 20  # a step may take so many times as long as usual, whatever the limit
-_SLOW: Final = 6  # and loading and writing a model so many times the limit; nothing may take longer
-_SLOW_MOVES: Final = ("start", "export")
+_SLOW: Final = 6  # and what follows these moves so many times the limit; nothing may take longer
+_SLOW_MOVES: Final = ("start", "last step", "export")  # loading, storing the last checkpoint, writing weights
 _TELL_SECONDS: Final = 15.0  # for stacks to arrive
 _MOST_NAMED: Final = 4
 
