@@ -91,6 +91,14 @@ generate: setup ## Write the files that are made from the models
 bench: setup ## Measure training on this machine's CPU against TRL
 	$(BIN)/python benchmarks/train_cpu.py
 
+.PHONY: bench-choices
+bench-choices: setup ## Measure what each choice of the training loop gains on this machine's CPU
+	$(BIN)/python benchmarks/choices.py $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: setup ## Measure training on this machine's GPU (ARGS=--dry-run: a tiny model, also on a CPU)
+	$(BIN)/python benchmarks/train_gpu.py $(ARGS)
+
 .PHONY: bench-operator
 bench-operator: setup-tests tools ## Measure the operator with 1,000 jobs at once and 10,000 at rest (ARGS=--quick: fewer)
 	$(BIN)/python -m benchmarks.operator_scale $(ARGS)

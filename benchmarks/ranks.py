@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run cost: wall seconds from start to exit, and the sum of the ranks' peak resident memory in bytes."""
+    """What a run cost: wall seconds from start to exit, and the ranks' memory in bytes.
+
+    peak_bytes: the sum of the ranks' peaks of resident memory, libraries that they share counted once for each.
+    peak_shared_bytes: the highest sum of their proportional shares (PSS), sampled twice a second: libraries count once.
+    """
 
     seconds: float
     peak_bytes: int
+    peak_shared_bytes: int
 
 
 def _free_port() -> int:
@@ -50,6 +56,8 @@ def run_ranks(command: list[str], world_size: int, log: Path) -> Usage:
             }
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
         failed = False
+        sampler = _Sampler([process.pid for process in ranks])
+        sampler.start()
         for process in ranks:
             # wait4 and not wait(): it reports this process's own peak memory.
             _, status, usage = os.wait4(process.pid, 0)
@@ -62,4 +70,28 @@ def run_ranks(command: list[str], world_size: int, log: Path) -> Usage:
                         other.terminate()
     if failed:
         raise RuntimeError(f"a rank failed: see {log}")
-    return Usage(time.perf_counter() - started, peak)
+    sampler.join()
+    return Usage(time.perf_counter() - started, peak, sampler.peak)
+
+
+class _Sampler(threading.Thread):
+    """Reads the processes' proportional set sizes until the last of them has ended."""
+
+    def __init__(self, pids: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._pids = pids
+
+    def run(self) -> None:
+        while total := sum(map(_proportional_bytes, self._pids)):
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
+def _proportional_bytes(pid: int) -> int:
+    """PSS of a process; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

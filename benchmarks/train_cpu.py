@@ -5,7 +5,8 @@
 
 Two ranks of one thread each train a Llama of 5.3 M parameters in bf16 under ZeRO-2 on the standard library's
 docstrings. The sides take turns (A B C, A B C), so that a slow spell of the machine meets all of them. Throughput is
-real tokens, without padding, over the steps after the warm-up; memory is the sum of the ranks' peaks.
+real tokens, without padding, over the steps after the warm-up; memory is the sum of the ranks' peaks (RSS, and
+PSS, in which a library that both use counts once).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Measured:
 
     tokens_per_second: float
     peak_bytes: int
+    peak_shared_bytes: int
     mean_loss: float
 
 
@@ -66,8 +68,8 @@ def _throughput(ends: list[float], tokens: list[int], warmup: int) -> float:
     return sum(tokens[warmup:]) / (ends[-1] - ends[warmup - 1])
 
 
-def finetune_side(inputs: Inputs, folder: Path) -> Measured:
-    """This project: one flat row of all a rank's sequences in each step."""
+def finetune_side(inputs: Inputs, folder: Path, micro_batch: int = 1) -> Measured:
+    """This project, with as many sequences in a micro-batch as TRL."""
     spec = {
         "model": {"source": inputs.model.name},
         "method": {"tuning": "full"},
@@ -79,7 +81,7 @@ def finetune_side(inputs: Inputs, folder: Path) -> Measured:
         "training": {
             "maxSteps": inputs.steps,
             "sequencesPerBatch": GLOBAL_SEQUENCES,
-            "microBatch": GLOBAL_SEQUENCES // RANKS,
+            "microBatch": micro_batch,
             "learningRate": LEARNING_RATE,
             "schedule": "constant",
             "warmup": 0,
@@ -106,6 +108,7 @@ def finetune_side(inputs: Inputs, folder: Path) -> Measured:
     return Measured(
         _throughput([step["time"] for step in steps], [step["tokens"] for step in steps], inputs.warmup),
         usage.peak_bytes,
+        usage.peak_shared_bytes,
         statistics.fmean(step["loss"] for step in steps),
     )
 
@@ -123,7 +126,12 @@ def _trl(inputs: Inputs, folder: Path, **settings: Any) -> Measured:
     usage: Usage = run_ranks([sys.executable, str(HERE / "trl_rank.py"), json.dumps(settings)], RANKS, folder / "log")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
     tokens = [sum(step) for step in zip(*(rank["tokens"] for rank in ranks), strict=True)]
-    return Measured(_throughput(ranks[0]["ends"], tokens, inputs.warmup), usage.peak_bytes, ranks[0]["loss"])
+    return Measured(
+        _throughput(ranks[0]["ends"], tokens, inputs.warmup),
+        usage.peak_bytes,
+        usage.peak_shared_bytes,
+        ranks[0]["loss"],
+    )
 
 
 def trl_packed(inputs: Inputs, folder: Path) -> Measured:
@@ -136,22 +144,42 @@ def trl_padded(inputs: Inputs, folder: Path) -> Measured:
     return _trl(inputs, folder, packing=False, microBatch=11, accumulation=PADDED_ROWS // RANKS // 11)
 
 
-SIDES: dict[str, Side] = {"finetune": finetune_side, "TRL packed": trl_packed, "TRL padded": trl_padded}
+def finetune_whole(inputs: Inputs, folder: Path) -> Measured:
+    """This project, with one flat row of all a rank's sequences in each step."""
+    return finetune_side(inputs, folder, GLOBAL_SEQUENCES // RANKS)
+
+
+SIDES: dict[str, Side] = {
+    "finetune": finetune_side,
+    "finetune, one row": finetune_whole,
+    "TRL packed": trl_packed,
+    "TRL padded": trl_padded,
+}
 
 
 def table(results: dict[str, list[Measured]]) -> str:
     """The results as Markdown; ratios compare the means over the rounds."""
     reference = statistics.fmean(run.tokens_per_second for run in results["TRL packed"])
     lines = [
-        "| side | tokens/s, each round | mean | against TRL packed | peak memory, both ranks | mean loss |",
-        "|---|---|---|---|---|---|",
+        "| side | tokens/s, each round | mean | against TRL packed | peak RSS | peak PSS | mean loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         mean = statistics.fmean(run.tokens_per_second for run in runs)
         each = ", ".join(f"{run.tokens_per_second:,.0f}" for run in runs)
-        peak = max(run.peak_bytes for run in runs) / 2**30
+        peak, shared = (
+            f"{found / 2**30:.2f} GiB, {found / other:.2f}×"
+            for found, other in (
+                (max(run.peak_bytes for run in runs), max(run.peak_bytes for run in results["TRL packed"])),
+                (
+                    max(run.peak_shared_bytes for run in runs),
+                    max(run.peak_shared_bytes for run in results["TRL packed"]),
+                ),
+            )
+        )
         lines.append(
-            f"| {name} | {each} | {mean:,.0f} | {mean / reference:.2f}× | {peak:.2f} GiB | {runs[-1].mean_loss:.3f} |"
+            f"| {name} | {each} | {mean:,.0f} | {mean / reference:.2f}× | {peak} | {shared} "
+            f"| {runs[-1].mean_loss:.3f} |"
         )
     return "\n".join(lines)
 

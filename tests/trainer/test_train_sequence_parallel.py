@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_api.errors import SpecError
+from finetune_api.job import FinetuneJobSpec
 from finetune_api.run import EXPORT, METRICS_FILE, RunConfig
+from finetune_trainer.deepspeed_config import merged
 from finetune_trainer.distributed import join_world
 from finetune_trainer.model import check_shared_sequence
 from finetune_trainer.reporter import MetricsFile, read_metrics
@@ -71,6 +73,12 @@ def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, R
     narrow = tiny_llama(folder / "model", hidden=64)  # two heads, one of keys and values
     half = job(folder / "resumed", model, 2, "full", shared=2, maxSteps=STEPS // 2)
     runs: dict[Any, RunConfig] = {case: job(folder / f"{case[0]}-{case[1]}", model, *case, shared=2) for case in CASES}
+    for stage in (2, 3):
+        offload = {"optimizer": "cpu", "parameters": "cpu" if stage == 3 else "none"}
+        run = job(folder / f"offloaded-{stage}", model, stage, "full", shared=2)
+        spec = run.spec.model_dump(mode="json", by_alias=True)
+        offloaded = FinetuneJobSpec.model_validate(merged(spec, {"deepspeed": {"offload": offload}}))
+        runs["offloaded", stage] = run.model_copy(update={"spec": offloaded})
     runs |= {
         "resumed": half.model_copy(update={"spec": runs[2, "full"].spec}),
         "narrow": job(folder / "narrow", narrow, 2, "full", shared=2),
@@ -105,6 +113,11 @@ def assert_same(run: RunConfig, other: RunConfig) -> None:
 @pytest.mark.parametrize(("stage", "tuning"), CASES)
 def test_two_workers_share_sequences_at_every_stage(shared: Any, alone: Any, stage: int, tuning: str) -> None:
     assert_same(shared[stage, tuning], alone[tuning])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_and_parameters_train_as_those_that_are_not(shared: Any, alone: Any, stage: int) -> None:
+    assert_same(shared["offloaded", stage], alone["full"])
 
 
 def test_a_run_of_shared_sequences_goes_on_with_the_same_bytes(shared: Any) -> None:

@@ -46,3 +46,15 @@ def test_parameters_are_offloaded_only_where_they_are_sharded() -> None:
     zero = {stage: config(deepspeed={"zeroStage": stage, "offload": offload})["zero_optimization"] for stage in (2, 3)}
     assert "offload_param" not in zero[2]
     assert zero[3]["offload_param"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(("trained", "bucket"), [(20_000_000, 20_000_000), (8 * 10**9, 500_000_000)])
+def test_buckets_are_no_larger_than_what_is_trained(trained: int, bucket: int) -> None:
+    made = deepspeed_config(spec(), world_size=2, accumulation=1, cuda=True, trained=trained)
+    assert made["zero_optimization"]["reduce_bucket_size"] == bucket
+
+
+def test_a_bucket_of_the_job_stays_as_it_is() -> None:
+    raw = {"config": {"zero_optimization": {"reduce_bucket_size": 7}}}
+    made = deepspeed_config(spec(deepspeed=raw), world_size=2, accumulation=1, cuda=True, trained=100)
+    assert made["zero_optimization"]["reduce_bucket_size"] == 7

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.job import FinetuneJobSpec
+
+# Values that are sent at once. DeepSpeed's default on GPUs.
+_BUCKET_CUDA: Final = 500_000_000
+_BUCKET_CPU: Final = 50_000_000
 
 
 def zero_stage(spec: FinetuneJobSpec, world_size: int) -> int:
@@ -17,7 +21,9 @@ def zero_stage(spec: FinetuneJobSpec, world_size: int) -> int:
     return spec.deepspeed.zero_stage
 
 
-def deepspeed_config(spec: FinetuneJobSpec, *, world_size: int, accumulation: int, cuda: bool) -> dict[str, Any]:
+def deepspeed_config(
+    spec: FinetuneJobSpec, *, world_size: int, accumulation: int, cuda: bool, trained: int | None = None
+) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; raw keys of the spec are merged last.
 
     Only micro-batch and accumulation are set, since the global batch follows from them. Optimizer and learning rate
@@ -25,13 +31,15 @@ def deepspeed_config(spec: FinetuneJobSpec, *, world_size: int, accumulation: in
 
     Args:
         accumulation: micro-batches of one worker in a global batch.
+        trained: parameters that get gradients. The buckets, which DeepSpeed allocates whole, are no larger: for an
+            adapter that saves it most of 2 GiB.
     """
     stage = zero_stage(spec, world_size)
     precision = spec.training.precision
     offload = spec.deepspeed.offload
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": cuda and stage > 1}
-    if not cuda:
-        zero |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    bucket = min(_BUCKET_CUDA if cuda else _BUCKET_CPU, trained or _BUCKET_CUDA)
+    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if offload.optimizer == "cpu" and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if offload.parameters == "cpu" and stage == 3:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +20,7 @@ from finetune_trainer.dataset import PackedSequence
 from finetune_trainer.deepspeed_config import deepspeed_config
 from finetune_trainer.distributed import World
 from finetune_trainer.loss import LanguageModelLoss
-from finetune_trainer.model import load_model, optimizer_groups
+from finetune_trainer.model import full_shape, load_model, optimizer_groups
 from finetune_trainer.planning import planned_stage
 from finetune_trainer.preference import PreferenceLoss
 from finetune_trainer.weights import on_rank_0
@@ -44,7 +47,8 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
         stage = on_rank_0(world, lambda: planned_stage(model_path, spec, world.size, memory))
         spec = spec.model_copy(update={"deepspeed": spec.deepspeed.model_copy(update={"zero_stage": stage})})
     deepspeed = _import_deepspeed(world)
-    config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=world.device.type == "cuda")
+    cuda = world.device.type == "cuda"
+    config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=cuda)
     stage = config["zero_optimization"]["stage"]
     model = load_model(model_path, spec, config)
     loss = PreferenceLoss(model, spec.method.dpo) if spec.method.objective == "dpo" else LanguageModelLoss(model)
@@ -52,6 +56,8 @@ def build_engine(model_path: str, spec: FinetuneJobSpec, world: World, accumulat
         for parameter in loss.output.linear.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(loss.output, parameter)
     groups = optimizer_groups(loss, spec.training.weight_decay)
+    trained = sum(full_shape(p).numel() for group in groups for p in group["params"])
+    config = deepspeed_config(spec, world_size=world.size, accumulation=accumulation, cuda=cuda, trained=trained)
     engine, *_ = deepspeed.initialize(
         model=loss, model_parameters=groups, optimizer=_adamw(groups, spec.training), config=config
     )
@@ -108,10 +114,27 @@ def _silence() -> None:
 def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it DeepSpeed looks for a GPU, and may find its driver
-    import deepspeed
-    import deepspeed.ops
+    with _hidden("mlflow"):
+        import deepspeed
+        import deepspeed.ops
 
     # A shared-memory all-reduce that only its inference uses: compiling it would need a compiler, half a minute, and
     # leave a lock behind when it is interrupted.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Makes a module that is not imported yet look as if it were not installed.
+
+    DeepSpeed's autotuner, which nothing here calls, imports MLflow where it finds it: 86 MiB in every worker.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -12,10 +12,9 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +29,9 @@ from finetune_trainer.manifest import read_manifest, write_json
 from finetune_trainer.model import DTYPES
 from finetune_trainer.model_card import base_model
 from finetune_trainer.weights import ADAPTER, inner_model, on_rank_0, write_adapter, write_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PROBE_TOKENS: Final = 128
 
@@ -64,13 +66,15 @@ def export(model: PreTrainedModel | PeftModel, run: RunConfig, folder: Path, wor
     coarser = max((inner_model(model).dtype, dtype), key=BOUNDS.__getitem__)
 
     on_rank_0(world, lambda: _clear(folder))
-    names = ["adapter", *(["merged"] if run.spec.output.merge else [])] if isinstance(model, PeftModel) else ["model"]
+    names = (
+        ["adapter", *(["merged"] if run.spec.output.merge else [])] if inner_model(model) is not model else ["model"]
+    )
     checks = []
     for name in names:
         target = folder / name
         on_rank_0(world, lambda: _write_companions(model, run, target, dtype))  # noqa: B023
         if name == "adapter":
-            write_adapter(cast(PeftModel, model), target, dtype, world)
+            write_adapter(cast("PeftModel", model), target, dtype, world)
         else:
             write_model(model, target, dtype, world)
         checks.append(on_rank_0(world, lambda: _check(run, target, tokens, trained, BOUNDS[coarser], world.device)))  # noqa: B023
@@ -145,7 +149,7 @@ def _write_companions(model: PreTrainedModel | PeftModel, run: RunConfig, folder
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
     if folder.name == "adapter":
-        adapter = cast(PeftModel, model).peft_config[ADAPTER]
+        adapter = cast("PeftModel", model).peft_config[ADAPTER]
         before = adapter.base_model_name_or_path, adapter.inference_mode
         adapter.base_model_name_or_path, adapter.revision = base_model(run.spec.model.source)
         adapter.inference_mode = True
@@ -210,7 +214,11 @@ def load(folder: Path, base: Path) -> Any:
     )
     if info["missing_keys"]:  # transformers only warns and makes up random ones
         raise ValueError(f"{len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}")
-    return PeftModel.from_pretrained(model, str(folder)).eval() if adapter else model.eval()
+    if not adapter:
+        return model.eval()
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def _clear(folder: Path) -> None:

@@ -11,16 +11,16 @@ is their mean, as in the experiments of IPO's authors (TRL's `ipo` and `sigmoid_
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from finetune_api.job import Dpo
 from finetune_trainer.batches import MicroBatch
 from finetune_trainer.loss import LanguageModelLoss
+from finetune_trainer.weights import inner_model
 
 # What a forward pass sums up beside the loss, over pairs; a reward is β·log(π / ref).
 FIGURES: Final = (
@@ -93,5 +93,5 @@ class PreferenceLoss(LanguageModelLoss):
         return values.new_zeros(batch.boundaries.numel()).index_add(0, batch.owners, values * batch.weights)
 
 
-def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+def _without_adapters(model: Any) -> AbstractContextManager[None]:
+    return model.disable_adapter() if inner_model(model) is not model else nullcontext()

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners import lora
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from typing_extensions import TypeIs
 
 from finetune_api.errors import ExportError
 from finetune_trainer.distributed import World
@@ -25,8 +24,12 @@ from finetune_trainer.distributed import World
 SHARD_BYTES: Final = 2 * 1024**3
 ADAPTER: Final = "default"  # PEFT's name of the only adapter
 
+if TYPE_CHECKING:  # 35 MiB in each process, which full tuning has no use for
+    from peft import PeftModel
+    from peft.tuners import lora
+
 T = TypeVar("T")
-Mergeable: TypeAlias = lora.Linear | lora.Embedding
+Mergeable: TypeAlias = "lora.Linear | lora.Embedding"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Weight:
         if self.layer is None:
             return _cast(parts[0], dtype)
         weight, a, b = (part.float() for part in parts)
-        turned = isinstance(self.layer, lora.Embedding) or self.layer.fan_in_fan_out  # stored as (in, out)
+        turned = _is_embedding(self.layer) or self.layer.fan_in_fan_out  # stored as (in, out)
         delta = (b @ a).T if turned else b @ a
         return _cast(weight + delta * self.layer.scaling[ADAPTER], dtype)
 
@@ -96,6 +99,8 @@ def _write_shard(
 
 def write_adapter(model: PeftModel, folder: Path, dtype: torch.dtype, world: World) -> None:
     """Writes `adapter_model.safetensors`. Collective; one parameter is gathered at a time."""
+    from peft import get_peft_model_state_dict
+
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if not _is_adapter(name):
@@ -113,7 +118,8 @@ def write_adapter(model: PeftModel, folder: Path, dtype: torch.dtype, world: Wor
 
 def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, with LoRA layers in it when there is an adapter."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    base = getattr(model, "get_base_model", None)  # PEFT's wrapper has it
+    return cast("PreTrainedModel", base() if base else model)
 
 
 def gathered(tensors: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
@@ -162,7 +168,7 @@ def _weights(model: PreTrainedModel) -> Iterator[Weight]:
             continue
         owner = model.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer." in name else None
         layer = owner if name.endswith(".base_layer.weight") else None
-        if layer is not None and not isinstance(layer, Mergeable):
+        if layer is not None and not _is_mergeable(layer):
             raise ExportError(
                 f"a {type(layer).__name__} with an adapter cannot be merged",
                 where=name,
@@ -179,9 +185,21 @@ def _is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+def _is_mergeable(layer: object) -> bool:
+    from peft.tuners import lora
+
+    return isinstance(layer, lora.Linear | lora.Embedding)
+
+
+def _is_embedding(layer: Mergeable) -> TypeIs[lora.Embedding]:
+    from peft.tuners import lora
+
+    return isinstance(layer, lora.Embedding)
+
+
 def _factors(layer: Mergeable) -> tuple[torch.Tensor, torch.Tensor]:
     """A of shape (r, in) and B of shape (out, r)."""
-    if isinstance(layer, lora.Embedding):
+    if _is_embedding(layer):
         return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
     return cast("tuple[torch.Tensor, torch.Tensor]", (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight))
 

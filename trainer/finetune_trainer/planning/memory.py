@@ -20,7 +20,6 @@ _FLOAT32: Final = 4
 _FLOAT64: Final = 8
 _REDUCED_AT_ONCE: Final = 500_000_000  # gradients that DeepSpeed flattens for one all-reduce without ZeRO 2 or 3
 # DeepSpeed's defaults (runtime/zero/config.py).
-_BUCKET: Final = 500_000_000
 _LIVE: Final = 1_000_000_000
 _PREFETCH: Final = 50_000_000
 _PERSISTENT: Final = 100_000
@@ -53,7 +52,7 @@ def memory(sizes: Sizes, held: Pass, spec: FinetuneJobSpec, *, stage: int, world
 
     With a single micro-batch it is less by up to the gradients.
     """
-    zero = _zero(spec, stage, world_size, cuda)
+    zero = _zero(spec, stage, world_size, cuda, sizes.trained)
     value, trained, share = sizes.per_value, sizes.trained, _share(sizes.trained, world_size)
     optimizer_offloaded = stage > 0 and spec.deepspeed.offload.optimizer == "cpu"
     parameters_offloaded = stage == 3 and spec.deepspeed.offload.parameters == "cpu"
@@ -81,12 +80,12 @@ def memory(sizes: Sizes, held: Pass, spec: FinetuneJobSpec, *, stage: int, world
     )
 
 
-def _zero(spec: FinetuneJobSpec, stage: int, world_size: int, cuda: bool) -> dict[str, Any]:
+def _zero(spec: FinetuneJobSpec, stage: int, world_size: int, cuda: bool, trained: int) -> dict[str, Any]:
     """DeepSpeed's settings as the trainer will give them, raw keys included."""
     fixed = spec.model_copy(update={"deepspeed": spec.deepspeed.model_copy(update={"zero_stage": stage})})
-    settings: dict[str, Any] = deepspeed_config(fixed, world_size=world_size, accumulation=2, cuda=cuda)[
-        "zero_optimization"
-    ]
+    settings: dict[str, Any] = deepspeed_config(
+        fixed, world_size=world_size, accumulation=2, cuda=cuda, trained=trained
+    )["zero_optimization"]
     return settings
 
 
@@ -132,7 +131,7 @@ def _gradients(sizes: Sizes, precision: str, stage: int, world_size: int, offloa
 def _buffers(sizes: Sizes, precision: str, zero: dict[str, Any], stage: int, world_size: int, offloaded: bool) -> int:
     if stage == 0 or (stage == 1 and precision == "bf16" and not offloaded):
         return 0
-    bucket = zero.get("reduce_bucket_size", _BUCKET) * (_FLOAT32 if stage == 1 else sizes.per_value)
+    bucket = zero["reduce_bucket_size"] * (_FLOAT32 if stage == 1 else sizes.per_value)
     if stage < 3:
         both = bucket * (2 if zero.get("overlap_comm") else 1)
         return int(both) + (sizes.per_value * max(sizes.sizes) if offloaded else 0)
