@@ -147,6 +147,18 @@ class Refusals(Model):
     )
 
 
+class Prepare(Model):
+    """The machines that turn rows into token sequences. Their number changes nothing in what comes out."""
+
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="1: processes, one for each core. More: Ray Data over all cores of the machine, at least so many, "
+        "or over the cluster that RAY_ADDRESS names, which has to see the work folder. Default 1.",
+    )
+
+
 class Data(Model):
     """The rows and how they become token sequences."""
 
@@ -172,6 +184,7 @@ class Data(Model):
     fim: Fim = Field(default_factory=Fim, description="Fill in the middle, for format code.")
     rag: Rag = Field(default_factory=Rag, description="Retrieved passages, for format rag.")
     refusals: Refusals = Field(default_factory=Refusals, description="Built-in refusal rows.")
+    prepare: Prepare = Field(default_factory=Prepare, description="The machines that prepare the rows.")
 
 
 class Training(Model):

@@ -10,7 +10,8 @@ from typing import Any
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.manifest import REPORT_FILE, Manifest, Split
-from finetune_trainer.prepare import prepare
+from finetune_trainer.prepare import Progress, prepare
+from finetune_trainer.prepare.stage import Opener
 
 Row = Mapping[str, Any]
 
@@ -50,8 +51,10 @@ def run_config(
 class Prepared:
     """The outcome of one run of the stage."""
 
-    def __init__(self, run: RunConfig, workers: int = 0) -> None:
-        self.manifest: Manifest = prepare(run, workers=workers)
+    def __init__(
+        self, run: RunConfig, workers: int = 0, opener: Opener | None = None, progress: Progress = lambda *_: None
+    ) -> None:
+        self.manifest: Manifest = prepare(run, progress, workers=workers, opener=opener)
         self.folder = Path(run.work) / PREPARED
         self.report: dict[str, Any] = json.loads((self.folder / REPORT_FILE).read_text())
 

@@ -14,9 +14,11 @@ from finetune_api.errors import StorageError
 from finetune_trainer import storage
 from finetune_trainer.pipeline import open_run
 from finetune_trainer.prepare import prepare
+from finetune_trainer.prepare.cluster.exchange import Exchange
 from tests.s3 import S3Server, s3_server
 from tests.tiny import tiny_llama
 from tests.trainer.jobs import Prepared, chats, jsonl, run_config
+from tests.trainer.without_ray import FINE, on_cluster, without_ray
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,22 @@ def test_rows_in_a_bucket_give_the_shards_of_local_rows(tmp_path: Path, model: P
     assert {name: remote.files()[name] for name in shards} == shards
     assert remote.manifest.key == local.manifest.key
     assert [source.uri for source in remote.manifest.sources] == ["s3://data/rows/a.jsonl", "s3://data/rows/b.jsonl.gz"]
+
+
+def test_machines_may_exchange_through_a_bucket(
+    tmp_path: Path, model: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    (server.root / "data" / "exchange").mkdir()
+    exchange = Exchange(storage.resolve("s3://data/exchange", tmp_path))
+    data = {"train": [{"uri": "s3://data/rows"}], "evaluationFraction": 0.2}
+    here = Prepared(run_config(tmp_path, model, data))
+    there = Prepared(run_config(tmp_path, model, data, work="other"), opener=on_cluster(FINE, lambda spill: exchange))
+    assert there.files() == here.files()
+    assert any(path.name.startswith("tokens-") for path in (server.root / "data" / "exchange").iterdir())
+    with pytest.raises(StorageError):
+        exchange.read("nothing")
+    exchange.delete("nothing")
 
 
 def test_folders_of_code_in_a_bucket_give_the_shards_of_local_ones(

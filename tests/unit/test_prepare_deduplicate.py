@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.prepare import deduplicate
-from finetune_trainer.prepare.deduplicate import PERMUTATIONS, Duplicates, band_rows, find_duplicates, signatures
+from finetune_trainer.prepare.deduplicate import (
+    PERMUTATIONS,
+    Duplicates,
+    SpilledSignatures,
+    band_rows,
+    find_duplicates,
+    signatures,
+)
 from finetune_trainer.prepare.spill import Spill
 
 
@@ -31,7 +38,7 @@ def _find(folder: Path, texts: list[str], *, near: bool = True, threshold: float
     hashes.append(np.array([numbers[text] for text in texts], dtype=np.uint64))
     minima = Spill(folder / "minima", np.uint32, PERMUTATIONS)
     minima.append(signatures(texts))
-    found = find_duplicates(hashes, minima if near else None, threshold)
+    found = find_duplicates(hashes, SpilledSignatures(minima) if near else None, threshold)
     hashes.close()
     minima.close()
     return found
@@ -73,7 +80,7 @@ def test_partitions_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     texts = [_text(seed % 30) if seed % 3 else _changed(_text(seed % 30, 400), 200) for seed in range(100)]
     whole = _find(tmp_path, texts)
     monkeypatch.setattr(deduplicate, "_PARTITION", 7)
-    monkeypatch.setattr(deduplicate, "_COMPARE", 3)
+    monkeypatch.setattr(deduplicate, "COMPARE", 3)
     assert _find(tmp_path, texts).original.tolist() == whole.original.tolist()
 
 

@@ -163,7 +163,8 @@ def _uid(spec: FinetuneJobSpec, work: Path) -> str:
     if not file.exists():
         return uuid.uuid4().hex
     before = RunConfig.model_validate_json(file.read_bytes())
-    changed = [name for name in _FIXED if getattr(before.spec, name) != getattr(spec, name)]
+    old, new = (each.model_dump(include={*_FIXED}, exclude={"data": {"prepare"}}) for each in (before.spec, spec))
+    changed = [name for name in _FIXED if old[name] != new[name]]
     if changed and any((work / CHECKPOINTS).glob("*")):
         raise SpecError(
             f"spec.{changed[0]} is not what this run began with, and its checkpoints depend on it",

@@ -47,6 +47,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.3
 _EXIT_SECONDS = 10.0
+_EVENTS_BYTES = 100 << 20  # events and configurations only: tensors never go through the object store
 
 
 class RayReporter:
@@ -110,7 +111,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
+def local_cluster(cpus: float, gpus: int, object_store: int = _EVENTS_BYTES) -> Iterator[Path]:
     """A Ray cluster of this process's own, on loopback and behind a token; gone with its files on leaving.
 
     Where this process is connected to a cluster already, that one is used and left as it is.
@@ -128,7 +129,7 @@ def local_cluster(cpus: float, gpus: int) -> Iterator[Path]:
             num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
             num_gpus=gpus or None,
             include_dashboard=False,
-            object_store_memory=100 * 2**20,  # events and configurations only: tensors never go through it
+            object_store_memory=object_store,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(scratch / "ray"),
             log_to_driver=False,

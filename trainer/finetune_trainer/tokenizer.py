@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "config.json"
 _INDEX_FILE: Final = "model.safetensors.index.json"
-_TOKENIZER_FILES: Final = (
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def tokenizer_sha256(folder: Path) -> str:
     """Hash over the names and contents of the tokenizer's files, its chat template among them."""
     digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             digest.update(f"{name} {len(content)}\n".encode() + content)

@@ -1,5 +1,6 @@
 """Prepare: read, check, deduplicate, render, mask, tokenise, pack; ends bad data before a GPU is taken."""
 
-from finetune_trainer.prepare.stage import Progress, prepare
+from finetune_trainer.prepare.machine import Progress
+from finetune_trainer.prepare.stage import prepare
 
 __all__ = ["Progress", "prepare"]

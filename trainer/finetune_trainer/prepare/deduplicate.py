@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ PERMUTATIONS: Final = 128
 SHINGLE: Final = 5
 _SEED: Final = 1
 _PARTITION: Final = 4_000_000  # rows whose hashes are sorted at a time: about 200 MiB
-_COMPARE: Final = 65_536  # pairs whose signatures are read at a time: about 70 MiB
+COMPARE: Final = 65_536  # pairs whose signatures are read at a time: about 70 MiB
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -63,22 +63,40 @@ class Duplicates:
     exact: npt.NDArray[np.bool_]
 
 
+Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Progress = Callable[[int, int], None]
+
+
+class Signatures(Protocol):
+    """All rows' signatures, wherever they lie."""
+
+    def pairs(self, size: int, original: npt.NDArray[np.int64], progress: Progress) -> Iterator[Pairs]:
+        """Pairs (first row, later row) of rows that agree in a whole band of `size` minima, in blocks.
+
+        Of the rows that agree in a band the first is paired with each other one; exact duplicates, which have an
+        `original`, are none of them. `progress` gets how much is done, and of how much.
+        """
+
+    def similarity(self, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Estimated Jaccard similarity of each pair that `pairs` gave: the share of equal minima."""
+
+
 def find_duplicates(
     hashes: Spill[np.uint64],
-    minima: Spill[np.uint32] | None,
+    signatures: Signatures | None,
     threshold: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Duplicates:
-    """Duplicates among rows, given a content hash of each; near ones too when `minima` has their signatures.
+    """Duplicates among rows, given a content hash of each; near ones too when there are signatures.
 
-    `progress` gets the number of bands that are compared, and of all.
+    `progress` follows the search for near ones.
     """
     original = np.full(len(hashes), -1, dtype=np.int64)
     for first, later in _runs(hashes):
         original[later] = first
     exact = original >= 0
-    if minima is not None:
-        _near(minima, threshold, original, progress)
+    if signatures is not None:
+        _near(signatures, threshold, original, progress)
     return Duplicates(original, exact)
 
 
@@ -99,7 +117,7 @@ def mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def _runs(hashes: Spill[np.uint64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+def _runs(hashes: Spill[np.uint64]) -> Iterator[Pairs]:
     """Pairs (first row, later row) of rows with an equal hash, in partitions of the hashes' values."""
     partitions = -(-len(hashes) // _PARTITION)
     for partition in range(partitions):
@@ -108,10 +126,10 @@ def _runs(hashes: Spill[np.uint64]) -> Iterator[tuple[npt.NDArray[np.int64], npt
             chosen = np.flatnonzero(block % np.uint64(partitions) == partition)
             values.append(block[chosen])
             rows.append(chosen + start)
-        yield _pairs(np.concatenate(values), np.concatenate(rows))
+        yield equal_pairs(np.concatenate(values), np.concatenate(rows))
 
 
-def _pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def equal_pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> Pairs:
     """Pairs (first row, later row) within each group of equal values; `rows` ascends."""
     order = np.argsort(values, kind="stable")
     values, rows = values[order], rows[order]
@@ -123,57 +141,70 @@ def _pairs(values: Hashes, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.
     return firsts[later], rows[later]
 
 
-def _near(
-    minima: Spill[np.uint32], threshold: float, original: npt.NDArray[np.int64], progress: Callable[[int, int], None]
-) -> None:
+def band_keys(minima: npt.NDArray[np.uint32], size: int) -> Hashes:
+    """A hash of each whole band of `size` minima, uint64 [len(minima), bands]."""
+    bands = minima.shape[1] // size
+    columns = minima[:, : bands * size].reshape(len(minima), bands, size)
+    hashed = np.zeros((len(minima), bands), dtype=np.uint64)
+    for place in range(size):
+        hashed = mixed(hashed ^ columns[:, :, place])
+    return hashed
+
+
+def _near(signatures: Signatures, threshold: float, original: npt.NDArray[np.int64], progress: Progress) -> None:
     """Adds near duplicates to `original`, in which exact ones already stand."""
     candidate = np.full(len(original), -1, dtype=np.int64)
-    size = band_rows(threshold)
-    bands = PERMUTATIONS // size
-    for band in range(bands):
-        progress(band, bands)
-        for first, later in _band_pairs(minima, slice(band * size, (band + 1) * size), original):
-            alike = _similarity(minima, first, later) >= threshold
-            first, later = first[alike], later[alike]
-            better = (candidate[later] < 0) | (first < candidate[later])
-            candidate[later[better]] = first[better]
+    for first, later in signatures.pairs(band_rows(threshold), original, progress):
+        alike = signatures.similarity(first, later) >= threshold
+        first, later = first[alike], later[alike]
+        better = (candidate[later] < 0) | (first < candidate[later])
+        candidate[later[better]] = first[better]
     # In order of rows, so that a row is measured against one that stays; likeness is not transitive.
     for row in np.flatnonzero(candidate >= 0):
         kept = original[candidate[row]]
         if kept < 0:
             original[row] = candidate[row]
-        elif _similarity(minima, np.array([kept]), np.array([row]))[0] >= threshold:
+        elif signatures.similarity(np.array([kept]), np.array([row]))[0] >= threshold:
             original[row] = kept
 
 
-def _band_pairs(
-    minima: Spill[np.uint32], band: slice, original: npt.NDArray[np.int64]
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Pairs that agree in a whole band, among rows that are no exact duplicates."""
-    partitions = -(-len(minima) // _PARTITION)
-    for partition in range(partitions):
-        values, rows = [], []
-        for start, block in minima.blocks():
-            hashed = np.zeros(len(block), dtype=np.uint64)
-            for column in block[:, band].T:
-                hashed = mixed(hashed ^ column)
-            chosen = np.flatnonzero(
-                (hashed % np.uint64(partitions) == partition) & (original[start : start + len(block)] < 0)
-            )
-            values.append(hashed[chosen])
-            rows.append(chosen + start)
-        first, later = _pairs(np.concatenate(values), np.concatenate(rows))
-        for start in range(0, len(first), _COMPARE):
-            yield first[start : start + _COMPARE], later[start : start + _COMPARE]
+class SpilledSignatures:
+    """Signatures on this machine's disk."""
+
+    def __init__(self, minima: Spill[np.uint32]) -> None:
+        self._minima = minima
+
+    def pairs(self, size: int, original: npt.NDArray[np.int64], progress: Progress) -> Iterator[Pairs]:
+        """See `Signatures`; done are bands."""
+        bands = PERMUTATIONS // size
+        for band in range(bands):
+            progress(band, bands)
+            yield from self._band_pairs(slice(band * size, (band + 1) * size), original)
+
+    def similarity(self, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """See `Signatures`."""
+        return share_of_equal(self._gather(left), self._gather(right))
+
+    def _gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        return np.array([self._minima.read(row, row + 1)[0] for row in rows.tolist()]).reshape(-1, PERMUTATIONS)
+
+    def _band_pairs(self, band: slice, original: npt.NDArray[np.int64]) -> Iterator[Pairs]:
+        partitions = -(-len(self._minima) // _PARTITION)
+        for partition in range(partitions):
+            values, rows = [], []
+            for start, block in self._minima.blocks():
+                hashed = band_keys(block[:, band], band.stop - band.start)[:, 0]
+                chosen = np.flatnonzero(
+                    (hashed % np.uint64(partitions) == partition) & (original[start : start + len(block)] < 0)
+                )
+                values.append(hashed[chosen])
+                rows.append(chosen + start)
+            first, later = equal_pairs(np.concatenate(values), np.concatenate(rows))
+            for start in range(0, len(first), COMPARE):
+                yield first[start : start + COMPARE], later[start : start + COMPARE]
 
 
-def _similarity(
-    minima: Spill[np.uint32], left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Estimated Jaccard similarity of each pair: the share of equal minima."""
-
-    def gather(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-        return np.array([minima.read(row, row + 1)[0] for row in rows.tolist()]).reshape(-1, PERMUTATIONS)
-
-    equal: npt.NDArray[np.float64] = (gather(left) == gather(right)).mean(axis=1)
+def share_of_equal(left: npt.NDArray[np.uint32], right: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    """Of signatures [n, PERMUTATIONS], the share of equal minima of each pair."""
+    equal: npt.NDArray[np.float64] = (left == right).mean(axis=1)
     return equal

@@ -42,6 +42,10 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes; what they had not done yet is not done."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
@@ -127,13 +131,18 @@ def _result(task: Task) -> Result:
 def _initialise(settings: Settings) -> None:
     """Runs first in each worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would remark that there is no torch
-    if "transformers" not in sys.modules:
-        # It loads torch if it finds it, which costs each process 5 s and 650 MiB; a tokenizer needs none.
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    lighten()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _State.use(settings)
+
+
+def lighten() -> None:
+    """Lets a process that only tokenises do without torch and without threads of its own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would remark that there is no torch
+    if not {"transformers", "torch"} & sys.modules.keys():
+        # It loads torch if it finds it, which costs each process 5 s and 650 MiB; a tokenizer needs none.
+        sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _end_with_parent() -> None:

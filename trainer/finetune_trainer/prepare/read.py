@@ -6,6 +6,7 @@ Memory does not depend on the file: lines are bounded, compressed files are unpa
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,53 +44,77 @@ class Chunk:
     unreadable: int = 0  # files of a tree between these rows that are empty or no UTF-8 text
 
 
-def chunks(file: SourceFile) -> Iterator[Chunk]:
-    """The file's rows.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that can be read by itself: items [start, stop), of which the first row has the number `first`.
+
+    Items are bytes of plain JSONL, row groups of Parquet, and members of a tree. Other files are one piece.
+    """
+
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    first: int = 1
+
+
+WHOLE: Final = Piece()
+
+
+def chunks(file: SourceFile, piece: Piece = WHOLE) -> Iterator[Chunk]:
+    """The rows of a file, or of a piece of it.
 
     Raises:
         StorageError: it cannot be read.
         DataError: it is damaged, not UTF-8 text, or has a line longer than LARGEST_ROW.
     """
     if file.kind == TREE:
-        yield from _tree(file)
+        yield from _tree(file, piece)
         return
     location = file.stored.location
     if file.kind == ".parquet":
         with explained(file.uri), location.fs.open_input_file(location.path) as opened:
-            yield from _parquet(file, opened)
+            yield from _parquet(file, opened, piece)
         return
-    with explained(file.uri), location.fs.open_input_stream(location.path, compression=None) as raw:
-        counted = _Counted(raw)
+    with explained(file.uri), _opened(file, piece) as raw:
+        counted = _Counted(raw, piece)
         stream = pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec) if file.codec else counted
-        blocks = _blocks(file, stream)
+        blocks = _blocks(file, stream, piece.first)
         if file.kind == ".csv":
             yield from _csv(file, blocks, counted)
             return
-        line = 1
+        line = piece.first
         for block in blocks:
             yield Chunk(line, block, counted.read_bytes)
             line += block.count(b"\n")
 
 
+def _opened(file: SourceFile, piece: Piece) -> pa.NativeFile:
+    location = file.stored.location
+    if not piece.start:
+        return location.fs.open_input_stream(location.path, compression=None)
+    opened = location.fs.open_input_file(location.path)
+    opened.seek(piece.start)
+    return opened
+
+
 class _Counted:
-    """A stream that counts what was read of it; Arrow's own cannot tell."""
+    """A stream that counts what was read of it, and ends where the piece ends; Arrow's own can do neither."""
 
     closed = False
 
-    def __init__(self, stream: pa.NativeFile) -> None:
+    def __init__(self, stream: pa.NativeFile, piece: Piece) -> None:
         self._stream = stream
-        self.read_bytes = 0
+        self._stop = sys.maxsize if piece.stop is None else piece.stop
+        self.read_bytes = piece.start
 
     def read(self, size: int) -> bytes:
-        data: bytes = self._stream.read(size)
+        data: bytes = self._stream.read(min(size, self._stop - self.read_bytes))
         self.read_bytes += len(data)
         return data
 
 
-def _blocks(file: SourceFile, stream: _Counted | pa.CompressedInputStream) -> Iterator[bytes]:
-    """The text in blocks of whole lines."""
+def _blocks(file: SourceFile, stream: _Counted | pa.CompressedInputStream, line: int) -> Iterator[bytes]:
+    """The text in blocks of whole lines, of which the first has the number `line`."""
     rest = b""
-    line = 1
     while True:
         with _readable(file):
             block = stream.read(CHUNK_BYTES)
@@ -177,11 +202,12 @@ def _text_lines(file: SourceFile, blocks: Iterator[bytes]) -> Iterator[str]:
                 ) from None
 
 
-def _tree(file: SourceFile) -> Iterator[Chunk]:
+def _tree(file: SourceFile, piece: Piece) -> Iterator[Chunk]:
     """Each member is a row; a repository always holds some files that are no text, so they end nothing."""
     rows: Cells = []
-    size = read = unreadable = 0
-    for number, member in enumerate(file.members, 1):
+    size = unreadable = 0
+    read = sum(member.size for member in file.members[: piece.start])
+    for number, member in enumerate(file.members[piece.start : piece.stop], piece.start + 1):
         location = member.location
         with explained(location.uri), location.fs.open_input_stream(location.path, compression=None) as stream:
             data = stream.read()
@@ -204,7 +230,7 @@ def _tree(file: SourceFile) -> Iterator[Chunk]:
         yield Chunk(rows[0][0] if rows else 1, rows, read, unreadable)
 
 
-def _parquet(file: SourceFile, opened: pa.NativeFile) -> Iterator[Chunk]:
+def _parquet(file: SourceFile, opened: pa.NativeFile, piece: Piece) -> Iterator[Chunk]:
     with _readable(file):
         parquet = pq.ParquetFile(opened)
         wanted = {*COLUMNS, *file.source.columns.values()}
@@ -212,8 +238,9 @@ def _parquet(file: SourceFile, opened: pa.NativeFile) -> Iterator[Chunk]:
         rows = parquet.metadata.num_rows
         largest = max((group.total_byte_size / max(group.num_rows, 1) for group in _groups(parquet)), default=1.0)
         size = max(min(int(CHUNK_BYTES / max(largest, 1)), 4096), 1)
-        batches = parquet.iter_batches(size, columns=names or None)
-    row = 1
+        groups = range(parquet.metadata.num_row_groups)[piece.start : piece.stop]
+        batches = parquet.iter_batches(size, row_groups=list(groups), columns=names or None)
+    row = piece.first
     while True:
         with _readable(file):
             batch = next(batches, None)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from finetune_api.job import Data
 from finetune_trainer.manifest import Split
 from finetune_trainer.prepare.collect import Collection
-from finetune_trainer.prepare.deduplicate import Duplicates, find_duplicates, mixed
+from finetune_trainer.prepare.deduplicate import Duplicates, Signatures, find_duplicates, mixed
 from finetune_trainer.prepare.refusals import times as refusal_times
 from finetune_trainer.prepare.report import MOST_POSITIONS
 from finetune_trainer.prepare.sources import SourceFile
@@ -21,7 +21,11 @@ _SAMPLING: Final = np.uint64(0x5851F42D4C957F2D)
 
 
 def select_documents(
-    collection: Collection, files: list[SourceFile], data: Data, progress: Callable[[int, int], None]
+    collection: Collection,
+    files: list[SourceFile],
+    data: Data,
+    signatures: Signatures,
+    progress: Callable[[int, int], None],
 ) -> dict[Split, npt.NDArray[np.int64]]:
     """Numbers of the documents of each split, in order; a document that is seen twice an epoch stands there twice.
 
@@ -32,8 +36,8 @@ def select_documents(
     rows = len(collection.hashes)
     kept = np.ones(rows, dtype=np.bool_)
     if data.deduplicate != "none":
-        minima = collection.minima if data.deduplicate == "near" else None
-        duplicates = find_duplicates(collection.hashes, minima, data.near_duplicate_threshold, progress)
+        near = signatures if data.deduplicate == "near" else None
+        duplicates = find_duplicates(collection.hashes, near, data.near_duplicate_threshold, progress)
         kept = duplicates.original < 0
         _report(collection, files, duplicates)
     in_train = np.concatenate(

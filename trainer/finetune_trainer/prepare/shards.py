@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,9 +31,10 @@ class ShardWriter:
     Sequences are buffered up to BATCH_TOKENS, so memory does not grow with their number.
     """
 
-    def __init__(self, folder: Path, split: Split) -> None:
+    def __init__(self, folder: Path, split: Split, first: int = 0) -> None:
         self._folder = folder
         self._split = split
+        self._first = first  # number of the first shard
         self._rows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float16], npt.NDArray[np.int32]]] = []
         self._buffered = 0
         self._file: pa.RecordBatchFileWriter | None = None
@@ -43,7 +44,7 @@ class ShardWriter:
         self._shards: list[ShardFacts] = []
         self._documents = 0
         self._tokens = 0
-        self._target = 0.0
+        self.targets: list[float] = []  # sum of the weights of each record batch
 
     def add(
         self,
@@ -65,7 +66,7 @@ class ShardWriter:
             sequences=sum(shard.sequences for shard in self._shards),
             documents=self._documents,
             tokens=self._tokens,
-            target_tokens=self._target,
+            target_tokens=added(self.targets),
             shards=self._shards,
         )
 
@@ -73,7 +74,7 @@ class ShardWriter:
         if not self._rows:
             return
         if self._file is None:
-            self._path = self._folder / f"{self._split}-{len(self._shards):05d}.arrow"
+            self._path = self._folder / f"{self._split}-{self._first + len(self._shards):05d}.arrow"
             self._file = pa.ipc.new_file(str(self._path), SCHEMA)
         ids, weights, documents = zip(*self._rows, strict=True)
         targets = np.array([w.sum(dtype=np.float64) for w in weights])
@@ -86,7 +87,7 @@ class ShardWriter:
         self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
         self._documents += sum(len(d) for d in documents)
         self._tokens += self._buffered
-        self._target += float(targets.sum())
+        self.targets.append(float(targets.sum()))
         self._file_tokens += self._buffered
         self._file_sequences += len(self._rows)
         self._rows, self._buffered = [], 0
@@ -108,6 +109,27 @@ class ShardWriter:
             )
         )
         self._file, self._file_tokens, self._file_sequences = None, 0, 0
+
+
+def added(numbers: Iterable[float]) -> float:
+    """One number after the other: a sum that would be exact, such as the built-in one of newer Pythons, is another."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
+
+
+def shard_stops(tokens: npt.NDArray[np.int64]) -> list[int]:
+    """Where a ShardWriter that is given sequences of so many tokens ends each shard: one past its last sequence."""
+    ends = np.cumsum(tokens)
+    stops, batch, shard = list[int](), 0, 0
+    while batch < len(tokens):
+        before = int(ends[batch - 1]) if batch else 0
+        batch = min(int(np.searchsorted(ends, before + BATCH_TOKENS)) + 1, len(tokens))
+        if ends[batch - 1] - (int(ends[shard - 1]) if shard else 0) >= SHARD_TOKENS:
+            stops.append(batch)
+            shard = batch
+    return stops if shard == len(tokens) else [*stops, len(tokens)]
 
 
 def _list_array(parts: Sequence[npt.NDArray[np.generic]], kind: pa.DataType) -> pa.ListArray:

@@ -100,8 +100,10 @@ def find_files(run: RunConfig) -> list[SourceFile]:
     return files
 
 
-def fingerprint(file: SourceFile, done: Callable[[int], None]) -> str:
-    """sha256 of the file as it is stored, of a tree with its members' names; `done` gets each block's bytes.
+def fingerprint(file: SourceFile, done: Callable[[int], None], look: Callable[[bytes], None] | None = None) -> str:
+    """sha256 of the file as it is stored, of a tree with its members' names.
+
+    `done` gets each block's size, and `look`, if there is one, the blocks.
 
     Raises:
         StorageError: the file cannot be read, or is not of the size that was listed.
@@ -117,6 +119,8 @@ def fingerprint(file: SourceFile, done: Callable[[int], None]) -> str:
                 digest.update(block)
                 total += len(block)
                 done(len(block))
+                if look is not None:
+                    look(block)
         if total != stored.size:
             raise _changed(location.uri)
     return digest.hexdigest()
@@ -137,7 +141,7 @@ def check_unchanged(files: Sequence[SourceFile]) -> None:
 
 def preparation_key(spec: FinetuneJobSpec, hashes: Sequence[tuple[SourceFile, str]], tokenizer: str) -> str:
     """Hash over all that the shards depend on; not on where the files lie."""
-    data = spec.data.model_dump(mode="json", exclude={"train", "evaluation"})
+    data = spec.data.model_dump(mode="json", exclude={"train", "evaluation", "prepare"})
     rows = [
         (file.split, file.kind, file.codec, file.source.model_dump(mode="json", exclude={"uri"}), sha256)
         for file, sha256 in hashes

@@ -7,14 +7,12 @@ complete, so a killed run leaves nothing that counts.
 
 from __future__ import annotations
 
-import os
+import functools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
 
 from finetune_api.errors import DataError, SpecError, StorageError
 from finetune_api.run import PREPARED, RunConfig
@@ -23,49 +21,49 @@ from finetune_trainer.manifest import (
     REPORT_FILE,
     Manifest,
     SourceFacts,
-    Split,
-    SplitFacts,
     Splits,
     read_manifest,
     write_json,
     write_manifest,
 )
+from finetune_trainer.prepare.cluster.opening import ray_machine
 from finetune_trainer.prepare.collect import Collection
-from finetune_trainer.prepare.pack import pack
+from finetune_trainer.prepare.layout import lay_out
+from finetune_trainer.prepare.machine import Machine, Progress, ThisMachine, processes
 from finetune_trainer.prepare.pool import Pool
-from finetune_trainer.prepare.read import chunks
 from finetune_trainer.prepare.refusals import built_in_rows
-from finetune_trainer.prepare.repositories import join_pairs, join_repositories
-from finetune_trainer.prepare.rows import FORMATS, normalised
+from finetune_trainer.prepare.rows import normalised
 from finetune_trainer.prepare.select import select_documents
-from finetune_trainer.prepare.shards import ShardWriter
 from finetune_trainer.prepare.sources import (
     SourceFile,
     check_unchanged,
     find_files,
-    fingerprint,
     preparation_key,
     refuse_unavailable,
 )
-from finetune_trainer.prepare.work import Result, Settings, Task, first_format
-from finetune_trainer.sampling import permutation
+from finetune_trainer.prepare.work import Settings
 from finetune_trainer.tokenizer import check_model_folder, tokenizer_sha256
 
-Progress = Callable[[float, float, str], None]  # done, total, what is being done
-
-_BYTES_A_WORKER: Final = 4 << 20  # a smaller share is done before a process has started
-_PROGRESS_SEQUENCES: Final = 1024
+_SPILL: Final = "spill"
 
 
 def _silent(done: float, total: float, what: str) -> None:
     pass
 
 
-def prepare(run: RunConfig, progress: Progress = _silent, workers: int | None = None) -> Manifest:
+Opener = Callable[[Settings, Path, Path], AbstractContextManager[Machine]]  # with the partial folder and its spill
+
+
+def prepare(
+    run: RunConfig, progress: Progress = _silent, workers: int | None = None, opener: Opener | None = None
+) -> Manifest:
     """Makes `<work>/prepared`, or returns at once when it is there already for the same data, model and settings.
 
-    `workers` is the number of processes that tokenise, by default one for each core; 0 tokenises in this process.
-    `progress` may raise a FinetuneError, to stop.
+    Args:
+        run: the run.
+        progress: is told how far it is; may raise a FinetuneError, to stop.
+        workers: processes that tokenise, by default one for each core; 0 tokenises in this process.
+        opener: opens the machine that works; by default processes of this one, or Ray where the spec asks for it.
 
     Raises:
         SpecError: the job asks for what is not there yet, or for data outside of its folder.
@@ -79,24 +77,44 @@ def prepare(run: RunConfig, progress: Progress = _silent, workers: int | None = 
     files = find_files(run)
     if run.spec.data.refusals.mix > 0:
         files.append(built_in_rows())  # last: of two rows that are alike the earlier stays
-    hashes = _fingerprints(files, progress)
-    key = preparation_key(run.spec, list(zip(files, hashes, strict=True)), tokenizer_sha256(model))
     work = storage.resolve(run.work, run.base_dir, where="work").local
     if work is None:
         raise SpecError("the work folder must be on a disk", where=run.work, hint="give a local folder")
-    prepared = work / PREPARED
+    prepared, partial = work / PREPARED, work / f"{PREPARED}.partial"
+    opener = opener or _opener(run, files, workers)
+    try:
+        with opener(_settings(run), partial, partial / _SPILL) as machine:
+            return _prepare(run, files, prepared, partial, machine, progress)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # after the machine's end: it may have been writing still
+
+
+def _opener(run: RunConfig, files: list[SourceFile], workers: int | None) -> Opener:
+    machines = run.spec.data.prepare.workers or 1
+    if machines > 1 and workers is None:
+        return functools.partial(ray_machine, workers=machines)
+    return functools.partial(_this_machine, workers=processes(files) if workers is None else workers)
+
+
+@contextmanager
+def _this_machine(settings: Settings, partial: Path, spill: Path, workers: int) -> Iterator[Machine]:
+    with Pool(settings, workers) as pool:
+        yield ThisMachine(pool)
+
+
+def _prepare(
+    run: RunConfig, files: list[SourceFile], prepared: Path, partial: Path, machine: Machine, progress: Progress
+) -> Manifest:
+    hashes = machine.fingerprints(files, progress)
+    key = preparation_key(run.spec, list(zip(files, hashes, strict=True)), tokenizer_sha256(Path(run.model_path)))
     if (ready := _ready(prepared, key)) is not None:
         return ready
-    partial = prepared.with_name(PREPARED + ".partial")
     with storage.explained(str(partial)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        try:
-            manifest = _write(run, partial, files, hashes, key, progress, workers)
-            shutil.rmtree(prepared, ignore_errors=True)
-            partial.rename(prepared)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        manifest = _write(run, partial, files, hashes, key, machine, progress)
+        shutil.rmtree(prepared, ignore_errors=True)
+        partial.rename(prepared)
     return manifest
 
 
@@ -106,20 +124,23 @@ def _write(
     files: list[SourceFile],
     hashes: list[str],
     key: str,
+    machine: Machine,
     progress: Progress,
-    workers: int | None,
 ) -> Manifest:
     """Everything that belongs into the prepared folder, the manifest last."""
     data = run.spec.data
-    spill = folder / "spill"
+    spill = folder / _SPILL
     collection = Collection(spill, files)
     try:
-        with Pool(_settings(run), _workers(files) if workers is None else workers) as pool:
-            tokenizer = pool.facts()
-            collection.gather(_reported(pool.map(_tasks(files)), files, progress))
+        tokenizer = machine.facts()
+        collection.gather(machine.results(files, progress))
         check_unchanged(files)
         documents = select_documents(
-            collection, files, data, lambda done, total: progress(done, total, "find duplicates")
+            collection,
+            files,
+            data,
+            machine.signatures(collection),
+            lambda done, total: progress(done, total, "find duplicates"),
         )
         if not len(documents["train"]):
             raise DataError(
@@ -128,7 +149,9 @@ def _write(
                 hint="all rows were dropped as duplicates, as too long, or by the source's weight; see spec.data",
             )
         splits = {
-            split: _write_split(folder, split, collection, chosen, data.sequence_length, data.packing, progress)
+            split: machine.write_split(
+                folder, split, collection, lay_out(collection, chosen, data.sequence_length, data.packing), progress
+            )
             for split, chosen in documents.items()
         }
     finally:
@@ -152,85 +175,6 @@ def _write(
     return manifest
 
 
-def _write_split(
-    folder: Path,
-    split: Split,
-    collection: Collection,
-    documents: npt.NDArray[np.int64],
-    capacity: int,
-    packing: bool,
-    progress: Progress,
-) -> SplitFacts:
-    """Packs the documents and writes the split's shards."""
-    writer = ShardWriter(folder, split)
-    pairs = collection.report.pairs
-    documents, counts = join_pairs(documents) if pairs else join_repositories(collection, documents, capacity)
-    starts = np.cumsum(counts) - counts
-    if packing:
-        # Documents of one length fill a sequence in the order they come: without this they would all be of one source,
-        # and what a step learns from would not be the mixture.
-        order = permutation(0, 0, len(counts))
-        starts, counts = starts[order], counts[order]
-    ends = starts + counts
-    totals = np.cumsum(np.append(0, collection.sizes[documents]), dtype=np.int64)
-    sizes = (totals[ends] - totals[starts]).astype(np.int32)
-    sequence = pack(sizes, capacity) if packing else np.arange(len(sizes))
-    order = np.argsort(sequence, kind="stable")
-    stops = np.cumsum(np.bincount(sequence)) if len(sequence) else np.zeros(0, np.int64)
-    start = 0
-    for number, stop in enumerate(stops.tolist()):
-        members = order[start:stop]
-        joined = [documents[starts[member] : ends[member]].tolist() for member in members.tolist()]
-        parts = [collection.document(index) for indices in joined for index in indices]
-        lengths = np.array([len(ids) for ids, _ in parts], np.int32) if pairs else sizes[members]
-        writer.add(
-            np.concatenate([ids for ids, _ in parts]), np.concatenate([weights for _, weights in parts]), lengths
-        )
-        start = stop
-        if number % _PROGRESS_SEQUENCES == 0:
-            progress(number, len(stops), f"pack {split}")
-    return writer.close()
-
-
-def _tasks(files: list[SourceFile]) -> Iterator[Task]:
-    for index, file in enumerate(files):
-        asked = file.source.format
-        row_format = next((name for name in FORMATS if name == asked), None)
-        for chunk in chunks(file):
-            if row_format is None:
-                row_format = first_format(chunk, file.source.columns)
-            yield Task(
-                file=index,
-                chunk=chunk,
-                format=row_format,
-                given=asked != "auto",
-                columns=file.source.columns,
-                train=file.split == "train",
-                code=file.source.code,
-                built_in=file.built_in,
-            )
-
-
-def _reported(results: Iterator[Result], files: list[SourceFile], progress: Progress) -> Iterator[Result]:
-    """Passes the results on and reports how much of the files is done."""
-    before = np.cumsum([0, *(file.stored.size for file in files)]).tolist()
-    for result in results:
-        yield result
-        progress(before[result.file] + result.read, before[-1], "tokenise")
-
-
-def _fingerprints(files: list[SourceFile], progress: Progress) -> list[str]:
-    total = sum(file.stored.size for file in files)
-    read = 0
-
-    def done(count: int) -> None:
-        nonlocal read
-        read += count
-        progress(read, total, "read")
-
-    return [fingerprint(file, done) for file in files]
-
-
 def _settings(run: RunConfig) -> Settings:
     spec = run.spec
     return Settings(
@@ -247,20 +191,6 @@ def _settings(run: RunConfig) -> Settings:
         },
         pairs=spec.method.objective == "dpo",
     )
-
-
-def _workers(files: list[SourceFile]) -> int:
-    """One process for each core this process may use, or fewer for little data."""
-    share = sum(file.stored.size for file in files) // _BYTES_A_WORKER
-    return max(1, min(_cores(), share))
-
-
-def _cores() -> int:
-    """Cores that this process may use: of a container's limit, too, which the scheduler's affinity does not show."""
-    cores = len(os.sched_getaffinity(0))
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def _ready(prepared: Path, key: str) -> Manifest | None:
