@@ -31,6 +31,7 @@ _ABOUT: Final = {
     "train": "Train on prepared rows.",
     "result": "Say what came out of a run, in a pod.",
     "report": "Write the report of a finished run again.",
+    "mirror": "Copy a model of a hub to a bucket, for clusters that reach no hub.",
     "operator": "Watch FinetuneJobs in a cluster and bring each to its end.",
 }
 

@@ -100,11 +100,20 @@ class Storage(Model):
     secret_name: ResourceName | None = Field(
         None,
         description="Secret in the job's namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or with "
-        "GOOGLE_APPLICATION_CREDENTIALS_JSON. Absent: the pods' own identity.",
+        "GOOGLE_APPLICATION_CREDENTIALS_JSON, or Azure's keys (docs/storage.md). Absent: the pods' own identity.",
     )
     ca_bundle: ConfigMapKey | None = Field(None, description="Certificates (PEM) that the endpoint is checked with.")
     work_uri: Annotated[str, StringConstraints(max_length=768, pattern=patterns.BUCKET_ADDRESS)] | None = Field(
         None, description="Prefix for shards and checkpoints. Absent: `.finetune/` under the job's output."
+    )
+
+
+class Hub(Model):
+    """Where models at hf:// come from. Its token is the key HF_TOKEN of the storage's secret."""
+
+    endpoint: Endpoint | None = Field(None, description="Such as https://hub.example.com. Absent: huggingface.co.")
+    mirror_uri: Annotated[str, StringConstraints(max_length=768, pattern=patterns.BUCKET_ADDRESS)] | None = Field(
+        None, description="Folder that `finetune mirror` fills; pods then ask no hub."
     )
 
 
@@ -165,6 +174,7 @@ class FinetuneRuntimeSpec(Model):
     node_selector: Labels = Field(default_factory=dict, description="Labels of the nodes that workers run on.")
     tolerations: list[Toleration] = Field(default_factory=list, max_length=32, description="Taints workers tolerate.")
     storage: Storage = Field(default_factory=Storage, description="Object storage.")
+    hub: Hub = Field(default_factory=Hub, description="Where models at hf:// come from.")
     limits: RuntimeLimits = Field(default_factory=RuntimeLimits, description="The most that one job may ask for.")
     namespaces: NamespaceSelector = Field(
         default_factory=NamespaceSelector, description="Namespaces whose jobs may use it. Empty: all of them."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import urllib3
+from urllib3.exceptions import HTTPError
 
 from finetune_api.run import RunConfig
 from finetune_api.stage import ProgressReport, StageReport
@@ -40,8 +43,10 @@ class Pods:
 
     def __init__(self, folder: Path, run: RunConfig, environment: Mapping[str, str]) -> None:
         self.folder, self.run_file = folder, folder / "run.json"
+        folder.mkdir(exist_ok=True)
         self.run_file.write_text(run.model_dump_json(exclude_none=True))
         self.progress_port, self._ray_port = free_port(), free_port()
+        self._network = f"127.0.{random.randrange(1, 255)}"  # of its own: nodes have ports that are always the same
         self._token = uuid.uuid4().hex
         self._environment = os.environ | dict(environment)
         self._ray = Path(tempfile.mkdtemp(prefix="ray-"))  # its sockets' paths are too long below the tests' folder
@@ -59,7 +64,7 @@ class Pods:
             "FINETUNE_ATTEMPT": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
-            "RAY_ADDRESS": f"127.0.0.2:{self._ray_port}",
+            "RAY_ADDRESS": f"{self._network}.2:{self._ray_port}",
         }
 
     def stage(self, name: str, pod: str, **more: str) -> tuple[int, str]:
@@ -90,10 +95,33 @@ class Pods:
 
     def progress(self) -> ProgressReport:
         """What the head answers, as the operator reads it."""
-        import urllib3
-
         answer = urllib3.request("GET", f"http://127.0.0.1:{self.progress_port}/progress", timeout=5, retries=False)
         return ProgressReport.model_validate_json(answer.data, by_alias=True, by_name=False)
+
+    def wait_for_step(self, step: int, driver: subprocess.Popen[str]) -> None:
+        """Until the head says that so many steps are done."""
+        while True:
+            assert driver.poll() is None, driver.communicate()[0]
+            with suppress(OSError, HTTPError):
+                report = self.progress()
+                if report.state == "training" and report.step >= step:
+                    return
+            time.sleep(0.05)
+
+    def kill_a_rank(self) -> None:
+        """Ends a process that trains, as the kernel would."""
+        for process in psutil.process_iter(["cmdline"]):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                trains = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+                if trains and process.environ().get("FINETUNE_SCRATCH", "").startswith(str(self.folder)):
+                    process.kill()
+                    return
+        raise AssertionError("no process trains")
+
+    def empty_disks(self) -> None:
+        """Takes from every pod what it has, as when it comes again on another node."""
+        for scratch in self.folder.glob("*/scratch"):
+            shutil.rmtree(scratch)
 
     @contextmanager
     def ray_cluster(self, workers: int) -> Iterator[None]:
@@ -101,10 +129,10 @@ class Pods:
         nodes = []
         try:
             options = ["--head", f"--port={self._ray_port}", "--include-dashboard=false", f"--temp-dir={self._ray}"]
-            nodes.append(self._node("head", "127.0.0.2", options, 0))
+            nodes.append(self._node("head", f"{self._network}.2", options, 0))
             for number in range(workers):
-                address = [f"--address=127.0.0.2:{self._ray_port}"]
-                nodes.append(self._node(f"worker-{number}", f"127.0.0.{number + 3}", address, 1))
+                address = [f"--address={self._network}.2:{self._ray_port}"]
+                nodes.append(self._node(f"worker-{number}", f"{self._network}.{number + 3}", address, 1))
             yield
         finally:
             _end(nodes)

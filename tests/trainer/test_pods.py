@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.trainer.pods import Pods, run_config
 
 pytestmark = pytest.mark.timeout(300)
 
-STEPS = 8
+STEPS = 40
 SPEC: dict[str, Any] = {
     "model": {"source": "s3://bucket/model"},
     "method": {"tuning": "lora", "lora": {"rank": 4}},
@@ -28,7 +29,7 @@ SPEC: dict[str, Any] = {
     "training": {"maxSteps": STEPS, "sequencesPerBatch": 4, "precision": "fp32"},
     "deepspeed": {"zeroStage": 2},
     "workers": {"count": 2},
-    "checkpoint": {"everySteps": 4},
+    "checkpoint": {"everySteps": 10},
     "output": {"uri": "s3://bucket/out"},
     "tracking": {"kind": "tensorboard"},
     "evaluation": {"prompts": [{"prompt": "What is 2 plus 2?"}], "maxNewTokens": 8},
@@ -110,7 +111,7 @@ def test_the_head_goes_on_answering_when_its_driver_has_ended(whole: Whole) -> N
     assert report.result.uri == "s3://bucket/out"
     assert report.result.report == "s3://bucket/out/report/report.html"
     metrics = urllib3.request("GET", f"http://127.0.0.1:{whole.pods.progress_port}/metrics").data
-    assert b"finetune_train_step 8.0" in metrics
+    assert b"finetune_train_step 40.0" in metrics
 
 
 def test_the_stage_result_reads_the_same_from_storage(whole: Whole) -> None:
@@ -122,7 +123,7 @@ def test_the_stage_result_reads_the_same_from_storage(whole: Whole) -> None:
 def test_the_log_of_a_worker_pod_has_its_ranks_lines(whole: Whole) -> None:
     logs = [whole.pods.log(f"worker-{number}") for number in (0, 1)]
     assert {log[:9] for log in logs} == {"[rank 0] ", "[rank 1] "}
-    assert "step 8/8" in whole.pods.log("head")
+    assert f"step {STEPS}/{STEPS}" in whole.pods.log("head")
 
 
 def test_credentials_are_written_nowhere(whole: Whole, server: S3Server) -> None:
@@ -130,3 +131,41 @@ def test_credentials_are_written_nowhere(whole: Whole, server: S3Server) -> None
     assert secret not in whole.pods.everything_written()
     assert secret not in b"".join(output.encode() for _, output in whole.codes.values())
     assert not [path for path in whole.bucket.rglob("*") if path.is_file() and secret in path.read_bytes()]
+
+
+def test_attempts_that_were_stopped_and_killed_end_in_the_same_weights(whole: Whole, server: S3Server) -> None:
+    """Each attempt begins on empty disks: what it goes on from is in the bucket."""
+    spec = SPEC | {"output": {"uri": "s3://bucket/again"}}
+    pods = Pods(whole.pods.folder / "again", run_config(spec, "s3://bucket/work/again"), server.environment)
+    assert pods.stage("prepare", "prepare")[0] == 0
+    with pods.ray_cluster(workers=2):
+        driver = pods.start("train", "head")
+        pods.wait_for_step(3, driver)
+        driver.send_signal(signal.SIGTERM)
+        output, _ = driver.communicate()
+        assert driver.returncode == 130, output
+        assert pods.progress().state == "stopped"
+        reached = pods.progress().step
+        pods.empty_disks()
+
+        driver = pods.start("train", "head", FINETUNE_ATTEMPT="2")
+        pods.wait_for_step(reached + 1, driver)
+        pods.kill_a_rank()
+        output, _ = driver.communicate()
+        assert driver.returncode == 6, output
+        report = pods.progress()
+        assert (report.attempt, report.state) == (2, "failed")
+        assert report.failure
+        assert report.failure.reason == "Unknown", "the cluster knows better who killed it"
+        pods.empty_disks()
+
+        code, output = pods.stage("train", "head", FINETUNE_ATTEMPT="3")
+        assert code == 0, output
+        assert pods.progress().state == "finished"
+    events = [json.loads(line) for line in (whole.bucket / "work/again/metrics.jsonl").read_text().splitlines()]
+    starts = [event["resumedFromStep"] for event in events if event["event"] == "start"]
+    assert starts[0] is None
+    assert starts[1] == reached
+    assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, STEPS + 1))
+    name = "adapter/adapter_model.safetensors"
+    assert (whole.bucket / "again" / name).read_bytes() == (whole.bucket / "out" / name).read_bytes()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_operator.children.config import run_config_map
+from finetune_operator.children.pods import environment
 from tests.unit.api_cases import RUNTIME, changed
 from tests.unit.children_cases import EVERYTHING, JOBS, OWNER, RUNTIMES, Manifest, children, job, pod_templates, runtime
 from tests.unit.pod_security import containers, violations
@@ -150,3 +151,11 @@ def test_memory_goes_with_the_cores() -> None:
     (template,) = pod_templates(children(job(), on)[2])
     needs = template["spec"]["containers"][0]["resources"]
     assert needs == {"requests": {"cpu": "2500m", "memory": "3840Mi"}, "limits": {"memory": "3840Mi"}}
+
+
+def test_pods_learn_where_models_of_a_hub_come_from() -> None:
+    hub = {"endpoint": "https://hub.example.com", "mirrorUri": "s3://models/hub"}
+    env = environment(runtime(changed(RUNTIME, {"spec.hub": hub})))
+    assert env["HF_ENDPOINT"] == "https://hub.example.com"
+    assert env["FINETUNE_HF_MIRROR"] == "s3://models/hub"
+    assert "HF_ENDPOINT" not in environment(runtime())

@@ -1,7 +1,4 @@
-"""The base model's files: where they are, at which revision, and a copy of them on this machine.
-
-Only what is data is copied: safetensors, configuration and tokenizer. Code and pickles stay where they are.
-"""
+"""The base model's files: where they are, at which revision, and a copy of them on this machine."""
 
 from __future__ import annotations
 
@@ -11,32 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from pydantic import Field
-
-from finetune_api.base import Model
 from finetune_api.errors import ModelError, SpecError, StorageError
-from finetune_trainer import storage
+from finetune_trainer import hub, storage
 from finetune_trainer.manifest import write_json
+from finetune_trainer.origin import ORIGIN_FILE, Origin, read_origin
 
-ORIGIN_FILE: Final = ".origin.json"  # in the copy; written last
-_WEIGHTS: Final = re.compile(
-    r"(?!consolidated)[^/]+\.safetensors"
-)  # consolidated: the same again in Mistral's own layout
-_OTHERS: Final = re.compile(r"[^/]+\.(json|jinja|model)|merges\.txt")
 _CLAIM: Final = re.compile(r"pvc://[a-z0-9][-a-z0-9.]*(?:/(.*))?")
-
-
-class Origin(Model):
-    """What a base model consists of, fixed for a whole job."""
-
-    source: str = Field(description="The job's spec.model.source.")
-    commit: str | None = Field(None, description="Commit that a hub's revision stood for.")
-    files: dict[str, int] = Field(description="Bytes of every file, by its name in the folder.")
-
-    def wanted(self, *, weights: bool) -> list[str]:
-        """Names of the files that are copied."""
-        kinds = (_OTHERS, _WEIGHTS) if weights else (_OTHERS,)
-        return sorted(name for name in self.files if any(kind.fullmatch(name) for kind in kinds))
+_WHERE: Final = "spec.model.source"
 
 
 def in_place(source: str, base_dir: str | Path, claim: Path | None = None) -> Path | None:
@@ -50,9 +28,11 @@ def in_place(source: str, base_dir: str | Path, claim: Path | None = None) -> Pa
     """
     if found := _CLAIM.fullmatch(source):
         if claim is None:
-            raise SpecError("volumes are a cluster's", where="spec.model.source", hint="give the folder's path")
-        return storage.within(claim, found[1] or ".", where="spec.model.source")
-    return storage.resolve(source, base_dir, where="spec.model.source").local
+            raise SpecError("volumes are a cluster's", where=_WHERE, hint="give the folder's path")
+        return storage.within(claim, found[1] or ".", where=_WHERE)
+    if source.startswith(hub.SCHEME):
+        return None
+    return storage.resolve(source, base_dir, where=_WHERE).local
 
 
 def look(source: str, base_dir: str | Path) -> Origin:
@@ -60,14 +40,17 @@ def look(source: str, base_dir: str | Path) -> Origin:
 
     Raises:
         SpecError: the source is no address of a model.
+        ModelError: the hub has no such model or revision, or does not give it.
         StorageError: it is not there, or cannot be listed.
     """
-    location = storage.resolve(source, base_dir, where="spec.model.source")
+    if source.startswith(hub.SCHEME):
+        return hub.look(source)
+    location = storage.resolve(source, base_dir, where=_WHERE)
     root = location.path.rstrip("/") + "/"
     try:
         files = storage.list_files(location, left_out=(".",))
     except StorageError as error:
-        raise StorageError(error.what, where="spec.model.source", hint=error.hint) from None
+        raise StorageError(error.what, where=_WHERE, hint=error.hint) from None
     return Origin(source=source, files={file.location.path.removeprefix(root): file.size for file in files})
 
 
@@ -97,28 +80,23 @@ def fetch(
             (folder / ORIGIN_FILE).unlink()
         missing = [name for name in names if _size(folder / name) != origin.files[name]]
         total, done = sum(origin.files[name] for name in missing), 0
-        where = storage.resolve(origin.source, base_dir, where="spec.model.source")
         for name in missing:
-            storage.download(where.inside(name), folder / name)
+            _bring(origin, name, folder, base_dir)
             if _size(folder / name) != origin.files[name]:
                 raise ModelError(
                     f"{name} is not as long as when the job began", where=origin.source, hint="submit the job again"
                 )
             done += origin.files[name]
             progress(done, total)
+        hub.clean(folder)
         write_json(folder / ORIGIN_FILE, origin.model_dump(mode="json"))
 
 
-def read_origin(folder: Path) -> Origin | None:
-    """Where a copy is from; None for a folder that is no copy."""
-    file = folder / ORIGIN_FILE
-    return Origin.model_validate_json(file.read_bytes()) if file.exists() else None
-
-
-def file_names(folder: Path) -> set[str]:
-    """Names of the model's files, also of those that were not copied."""
-    origin = read_origin(folder)
-    return set(origin.files) if origin else {path.name for path in folder.iterdir() if path.is_file()}
+def _bring(origin: Origin, name: str, folder: Path, base_dir: str | Path) -> None:
+    if origin.source.startswith(hub.SCHEME):
+        hub.bring(origin, name, folder)
+    else:
+        storage.download(storage.resolve(origin.source, base_dir, where=_WHERE).inside(name), folder / name)
 
 
 def _size(path: Path) -> int:

@@ -145,6 +145,19 @@ def result(run_file: Path) -> None:
     result(run_file)
 
 
+@click.command()
+@click.argument("model")
+@click.argument("target")
+def mirror(model: str, target: str) -> None:
+    """Copy MODEL, hf://ORG/NAME@REVISION, to a folder in a bucket that stands in for the hub: TARGET, s3://BUCKET/KEY.
+
+    Pods find it by hub.mirrorUri of their FinetuneRuntime, `finetune run` by FINETUNE_HF_MIRROR.
+    """
+    from finetune_trainer.mirror import mirror
+
+    click.echo(mirror(model, target))
+
+
 def _chosen(file: Path | None, run_file: Path | None, work_dir: Path | None) -> Path | None:
     """FILE, or None when --run is meant.
 

@@ -19,6 +19,7 @@ from finetune_api.run import CHECKPOINTS, METRICS_FILE, PREPARED, RUN_FILE, Devi
 from finetune_trainer import base_model
 from finetune_trainer.finish import Price, finish
 from finetune_trainer.manifest import Manifest, write_json
+from finetune_trainer.origin import ORIGIN_FILE
 from finetune_trainer.planning import PLAN_FILE, JobPlan, plan
 from finetune_trainer.prepare import prepare
 from finetune_trainer.progress import Display, TrainingStatus, count
@@ -152,7 +153,7 @@ def _model_folder(source: str, base_dir: Path, work: Path) -> Path:
     if folder := base_model.in_place(source, base_dir):
         return folder
     copy = work / f"model-{hashlib.sha256(source.encode()).hexdigest()[:12]}"  # another source is another model
-    if not (copy / base_model.ORIGIN_FILE).exists():
+    if not (copy / ORIGIN_FILE).exists():
         base_model.fetch(base_model.look(source, base_dir), copy, base_dir)
     return copy
 

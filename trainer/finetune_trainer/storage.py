@@ -82,7 +82,7 @@ def resolve(uri: str, base_dir: str | Path, *, where: str = "") -> Location:
         raise SpecError(
             f"{parts.scheme}:// is not a storage scheme",
             where=where,
-            hint="use s3://, gs://, abfs://, file:// or a path; from a model hub, download the folder first",
+            hint="use s3://, gs://, abfs://, file:// or a path",
         )
     if Path(uri).is_absolute():
         return _on_disk(Path(uri), uri)
@@ -159,12 +159,12 @@ def read_bytes(location: Location) -> bytes | None:
         return persistently(read) if _info(location).type == pafs.FileType.File else None
 
 
-def download(source: Location, target: Path, sha256: str | None = None) -> None:
+def download(source: Location, target: Path, digest: str | None = None) -> None:
     """Copies a file here; `target` is there whole or as it was. What breaks off is continued where it was.
 
     Args:
-        sha256: what it must be; another is brought again. Without it a store is believed that sends fewer bytes than it
-            says within one answer: pyarrow does not tell.
+        digest: the SHA-256 that it must have; another is brought again. Without it a store is believed that sends fewer
+            bytes than it says within one answer: pyarrow does not tell.
 
     Raises:
         StorageError: it cannot be read, is not what it must be, or changed meanwhile.
@@ -175,18 +175,24 @@ def download(source: Location, target: Path, sha256: str | None = None) -> None:
         before = _info(source)
         if before.type != pafs.FileType.File:
             raise StorageError("there is no such file", where=source.uri, hint="check the path's spelling")
-        persistently(lambda: _copy(source, partial, int(before.size), sha256))
+        persistently(lambda: _copy(source, partial, int(before.size), digest))
         after = _info(source)
     if (after.size, after.mtime_ns) != (before.size, before.mtime_ns):
         raise StorageError("the file changed while it was read", where=source.uri, hint="try again when it is at rest")
     partial.replace(target)
 
 
-def _copy(source: Location, target: Path, size: int, sha256: str | None) -> None:
-    with target.open("wb+") as copy:
+def sha256(file: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _copy(source: Location, target: Path, size: int, digest: str | None) -> None:
+    with target.open("wb") as copy:
         persistently(lambda: _continue(source, copy, size), moved=copy.tell)
-        copy.seek(0)
-        if sha256 is not None and hashlib.file_digest(copy, "sha256").hexdigest() != sha256:
+        copy.flush()
+        if digest is not None and sha256(target) != digest:
             raise OSError("what came is not what was written there: its SHA-256 is another")
 
 

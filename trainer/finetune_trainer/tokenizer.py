@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from jinja2 import TemplateError
 
 from finetune_api.errors import ModelError
-from finetune_trainer.base_model import file_names
 from finetune_trainer.manifest import TokenizerFacts
+from finetune_trainer.origin import file_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

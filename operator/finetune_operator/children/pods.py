@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Final, Literal
 
 from finetune_api.job import FinetuneJobSpec
-from finetune_api.runtime import FinetuneRuntimeSpec, Storage
+from finetune_api.runtime import FinetuneRuntimeSpec, Hub, Storage
 from finetune_api.stage import CA_PATH, MODEL_CLAIM_PATH, RUN_PATH, SCRATCH_PATH, STORAGE_SECRET_PATH
 from finetune_operator.children.owner import Manifest
 
@@ -81,7 +81,7 @@ def environment(runtime: FinetuneRuntimeSpec, attempt: int | None = None) -> dic
     }
     if attempt is not None:
         found["FINETUNE_ATTEMPT"] = str(attempt)
-    return found | _storage_environment(runtime.storage)
+    return found | _storage_environment(runtime.storage) | _hub_environment(runtime.hub)
 
 
 def _storage_environment(storage: Storage) -> dict[str, str]:
@@ -94,6 +94,11 @@ def _storage_environment(storage: Storage) -> dict[str, str]:
         # With keys of its own, a pod need not wait for a metadata address that the NetworkPolicy closes.
         "AWS_EC2_METADATA_DISABLED": "true" if storage.secret_name is not None else None,
     }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _hub_environment(hub: Hub) -> dict[str, str]:
+    chosen = {"HF_ENDPOINT": hub.endpoint, "FINETUNE_HF_MIRROR": hub.mirror_uri}
     return {name: value for name, value in chosen.items() if value is not None}
 
 

@@ -113,23 +113,16 @@ def _manifest(job: FinetuneJob, work_dir: Path | None) -> Manifest | None:
 
 @contextmanager
 def _config_folder(source: str, base_dir: Path, given: Path | None) -> Iterator[Path]:
-    """A local folder with the model's config.json; from a bucket only that file is copied."""
-    import pyarrow.fs as pafs
-
-    from finetune_trainer import storage
+    """A local folder with the model's config.json; from a bucket or hub the weights are not copied."""
+    from finetune_trainer import base_model
     from finetune_trainer.tokenizer import CONFIG_FILE
 
+    given = given or base_model.in_place(source, base_dir)
     if given is None:
-        location = storage.resolve(source, base_dir, where="spec.model.source")
-        if location.local is None:
-            with tempfile.TemporaryDirectory() as folder:
-                with storage.explained(source):
-                    pafs.copy_files(
-                        f"{location.path}/{CONFIG_FILE}", f"{folder}/{CONFIG_FILE}", source_filesystem=location.fs
-                    )
-                yield Path(folder)
-            return
-        given = location.local
+        with tempfile.TemporaryDirectory() as folder:
+            base_model.fetch(base_model.look(source, base_dir), Path(folder, "model"), base_dir, weights=False)
+            yield Path(folder, "model")
+        return
     if not (given / CONFIG_FILE).is_file():
         raise ModelError(
             "there is no config.json", where=str(given), hint="check spec.model.source, or give --model FOLDER"

@@ -1,6 +1,6 @@
 """What pods hand to each other under the work prefix, and how one gets it to its own disk.
 
-model.json          which files of which revision the base model is (base_model.Origin)
+model.json          which files of which revision the base model is (Origin)
 prepared/           as in a run folder; manifest.json last
 metrics.jsonl       of all attempts, as far as they were uploaded
 result.json         written last
@@ -17,8 +17,8 @@ from pathlib import Path
 from finetune_api.errors import StorageError
 from finetune_api.run import METRICS_FILE, MODEL_FILE, PREPARED, RunConfig
 from finetune_trainer import base_model, storage
-from finetune_trainer.base_model import Origin
 from finetune_trainer.manifest import MANIFEST_FILE, Manifest, read_manifest, write_json
+from finetune_trainer.origin import Origin
 from finetune_trainer.tracking import TRACKING
 
 Moved = Callable[[str, int, int], None]  # what, bytes done, bytes in all

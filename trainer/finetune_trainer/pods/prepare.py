@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune_api.errors import StorageError
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer import base_model, pipeline
+from finetune_trainer.origin import Origin
 from finetune_trainer.planning import PLAN_FILE
 from finetune_trainer.pods import exchange
 from finetune_trainer.pods.place import Place, read_run
@@ -42,7 +43,7 @@ def prepare(run_file: Path, should_stop: Callable[[], bool]) -> None:
         }
 
 
-def _model(run: RunConfig, local: RunConfig, place: Place) -> base_model.Origin | None:
+def _model(run: RunConfig, local: RunConfig, place: Place) -> Origin | None:
     """Brings here what of the model the rows and the plan need; None: every pod sees the model as a folder."""
     if base_model.in_place(run.spec.model.source, run.base_dir, place.claim):
         return None

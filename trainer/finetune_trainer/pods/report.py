@@ -25,7 +25,7 @@ from finetune_api.errors import (
 )
 from finetune_api.stage import TERMINATION_MESSAGE_BYTES, StageFailure, StageReport
 from finetune_api.status import FailureReason, GateResult, Plan, Result
-from finetune_trainer.base_model import Origin
+from finetune_trainer.origin import Origin
 
 # The first that fits; the rest is Unknown, which the operator reads further.
 _REASONS: Final[tuple[tuple[type[FinetuneError], FailureReason], ...]] = (
