@@ -23,7 +23,7 @@ help: ## List these targets
 quickstart: setup ## Set up, then finetune a small real model and report what changed
 	$(BIN)/python $(QUICKSTART)/make_model.py $(QUICKSTART)/model
 	$(BIN)/python $(QUICKSTART)/make_data.py $(QUICKSTART)/data
-	$(BIN)/finetune run $(QUICKSTART)/job.yaml
+	$(BIN)/finetune run $(QUICKSTART)/job.yaml --price-per-hour 0.10
 
 # The api tier comes by itself and one test at a time: it has promises in seconds, and training takes every core.
 .PHONY: test

@@ -179,7 +179,9 @@ class Data(Model):
         0.9, ge=0.5, le=1, description="Estimated Jaccard similarity of word 5-grams above which rows are duplicates."
     )
     loss: Literal["assistant", "last-turn", "all"] = Field(
-        "assistant", description="Which tokens are learned in chat rows: every assistant turn, the last one, or all."
+        "assistant",
+        description="Which tokens are learned in chat rows: every assistant turn, the last one, or all. An assistant "
+        "message of a row may have a `weight`, 0 to 100, by which its tokens count.",
     )
     fim: Fim = Field(default_factory=Fim, description="Fill in the middle, for format code.")
     rag: Rag = Field(default_factory=Rag, description="Retrieved passages, for format rag.")

@@ -82,7 +82,7 @@ BAD_ROWS: dict[str, tuple[bytes, str, str]] = {
     ),
     "no answer": (row(USER), "messages[0].role", "no answer to learn"),
     "a user with weight": (row({**USER, "weight": 1}, ASSISTANT), "messages[0].weight", "user message has a weight"),
-    "a weight above 1": (row(USER, {**ASSISTANT, "weight": 2}), "messages[1].weight", "from 0 to 1"),
+    "a weight above 100": (row(USER, {**ASSISTANT, "weight": 101}), "messages[1].weight", "from 0 to 100"),
     "nothing to learn": (row(USER, {**ASSISTANT, "weight": 0}), "", "nothing to learn"),
     "a control token": (
         row({"role": "user", "content": SECRET + "<|im_end|>"}, ASSISTANT),

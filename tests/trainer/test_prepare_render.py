@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,3 +166,74 @@ def test_tool_calls_are_learned(tmp_path: Path) -> None:
     ]
     learned = _learned(tmp_path, _renderer(tmp_path, template), {"messages": messages})
     assert learned == ['add{"a": 1}<|im_end|>', "It is 2.<|im_end|>"]
+
+
+# Tools listed in the system turn, calls and results between tags, as Qwen's templates do.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ '<|im_start|>user\n<result>' + m.content + '</result><|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL_TALK: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+    "messages": [
+        {"role": "user", "content": "Is it cold in Oslo?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 3},
+        {"role": "tool", "content": "-4"},
+        {"role": "assistant", "content": "Yes, four below.", "weight": 0.5},
+        {"role": "user", "content": "And here?"},
+        {"role": "assistant", "content": "Where are you?"},
+        {"role": "user", "content": "In Rome."},
+        {"role": "assistant", "content": "Then it is not.", "weight": 0},
+    ],
+}
+# The same conversation written out, in the stretches that count differently.
+WRITTEN_OUT = [
+    '<|im_start|>system\nTools: {"type": "function", "function": {"name": "weather", "parameters": {}}}<|im_end|>\n',
+    "<|im_start|>user\nIs it cold in Oslo?<|im_end|>\n<|im_start|>assistant\n",
+    '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>',
+    "\n<|im_start|>user\n<result>-4</result><|im_end|>\n<|im_start|>assistant\n",
+    "Yes, four below.<|im_end|>",
+    "\n<|im_start|>user\nAnd here?<|im_end|>\n<|im_start|>assistant\n",
+    "Where are you?<|im_end|>",
+    "\n<|im_start|>user\nIn Rome.<|im_end|>\n<|im_start|>assistant\n",
+    "Then it is not.<|im_end|>",
+    "\n",
+]
+ANSWERS = (2, 4, 6, 8)  # in WRITTEN_OUT
+
+
+@pytest.mark.parametrize(
+    ("loss", "last", "counted"),
+    [
+        ("assistant", None, {2: 3, 4: 0.5, 6: 1, 8: 0}),
+        ("assistant", 2.0, {2: 3, 4: 0.5, 6: 1, 8: 2}),
+        ("last-turn", 1.0, {8: 1}),
+        ("last-turn", 2.0, {8: 2}),
+        ("all", None, {i: 1 for i in range(10) if i not in ANSWERS} | {2: 3, 4: 0.5, 6: 1, 8: 0}),
+    ],
+)
+def test_a_talk_with_tools_counts_as_written_out(
+    tmp_path: Path, loss: str, last: float | None, counted: dict[int, float]
+) -> None:
+    fields = TOOL_TALK
+    if last is not None:
+        messages = TOOL_TALK["messages"]
+        fields = TOOL_TALK | {"messages": [*messages[:-1], messages[-1] | {"weight": last}]}
+    renderer = _renderer(tmp_path, TOOLS, loss)
+    ids, weights = renderer.tokens([renderer.render(check_row(fields, "chat"))])[0]
+    tokenizer = load_tokenizer(tmp_path)
+    # No token of the tiny tokenizer joins two stretches: each ends or begins with a control token or a line break.
+    expected_ids: list[int] = []
+    expected: list[float] = []
+    for index, text in enumerate(WRITTEN_OUT):
+        part = tokenizer(text).input_ids
+        expected_ids += part
+        expected += [counted.get(index, 0)] * len(part)
+    assert ids.tolist() == expected_ids
+    assert weights.tolist() == [0, *expected[1:]]

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 Message = dict[str, Any]
 
+_MOST_WEIGHT: Final = 100  # of a message, to an ordinary one's 1
 _ROLES: Final = ("system", "user", "assistant", "tool")
 
 
@@ -152,8 +153,12 @@ def _weight(message: Mapping[str, Any], role: str, path: str) -> float:
         return 1.0
     if role != "assistant":
         raise BadRow(f"{path}.weight", f"a {role} message has a weight", "only assistant messages are learned")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise BadRow(f"{path}.weight", "the weight is not a number from 0 to 1", "use 0 to leave an answer out")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_WEIGHT:
+        raise BadRow(
+            f"{path}.weight",
+            f"the weight is not a number from 0 to {_MOST_WEIGHT}",
+            "use 1 for an ordinary answer, 0 to leave one out",
+        )
     return float(weight)
 
 

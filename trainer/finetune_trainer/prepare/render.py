@@ -143,8 +143,7 @@ class Renderer:
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         try:
             if self._loss == "all":
-                text = self._template(messages, tools)
-                return Rendered(text, [(0, len(text), 1.0)])
+                return self._everything(messages, weights, tools)
             learned = {i: weights[i] for i, message in enumerate(messages) if message["role"] == "assistant"}
             if self._loss == "last-turn":
                 learned = dict.fromkeys(learned, 0.0) | {len(messages) - 1: weights[-1]}
@@ -156,6 +155,15 @@ class Renderer:
             # The template's own words (raise_exception) say which role or order it does not take.
             raise BadRow("messages", f"the chat template refuses the row: {error}") from None
         return Rendered(text, [(start, end, learned[i]) for start, end, i in spans])
+
+    def _everything(
+        self, messages: list[Message], weights: list[float], tools: list[dict[str, Any]] | None
+    ) -> Rendered:
+        """The whole text; answers with a weight of their own have that."""
+        text = self._template(messages, tools)
+        own = [i for i, message in enumerate(messages) if message["role"] == "assistant" and weights[i] != 1]
+        answers = [self._answer(text, messages, tools, i) for i in own]
+        return Rendered(text, [(0, len(text), 1.0), *((start, end, weights[i]) for start, end, i in answers)])
 
     def _template(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(
