@@ -179,9 +179,7 @@ class Data(Model):
         0.9, ge=0.5, le=1, description="Estimated Jaccard similarity of word 5-grams above which rows are duplicates."
     )
     loss: Literal["assistant", "last-turn", "all"] = Field(
-        "assistant",
-        description="Which tokens are learned in chat rows: every assistant turn, the last one, or all. An assistant "
-        "message of a row may have a `weight`, 0 to 100, by which its tokens count.",
+        "assistant", description="What is learned of chats: each answer, at its `weight` (0 to 100), the last, or all."
     )
     fim: Fim = Field(default_factory=Fim, description="Fill in the middle, for format code.")
     rag: Rag = Field(default_factory=Rag, description="Retrieved passages, for format rag.")
@@ -319,9 +317,7 @@ class Gate(Model):
 class PromptBaseline(Model):
     """The base model with a prompt in place of tuning; with neither of the two there is no such comparison."""
 
-    system: LongText | None = Field(
-        None, description="System message that tells it what the tuned model learns. Default: the rows' own, if any."
-    )
+    system: LongText | None = Field(None, description="System message. Default: that of the examples, if any.")
     examples: int = Field(
         4, ge=0, le=32, description="Training rows of one turn that stand before each prompt, for objective sft."
     )
