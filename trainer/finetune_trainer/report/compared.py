@@ -34,8 +34,8 @@ def rows(result: Result, comparison: ComparisonResult) -> list[list[str]]:
         ["tokens per request: answer", *request(lambda r: r.answer_tokens, "{:.0f}")],
         ["tokens per request, tuned = 1", *_ratios(models)],
         ["seconds per request", *request(lambda r: r.seconds, "{:.2f}")],
-        [f"{cost}: by time", *request(lambda r: r.cost_by_time, "{:.4f}")],
-        [f"{cost}: by tokens", *request(lambda r: r.cost_by_tokens, "{:.4f}")],
+        [f"{cost}: by time", *request(lambda r: r.cost_by_time, "{:.3g}")],
+        [f"{cost}: by tokens", *request(lambda r: r.cost_by_tokens, "{:.3g}")],
     ]
     return [row for row in table if len(row) > 1]
 
