@@ -12,6 +12,7 @@ import pytest
 from finetune_api.run import CHECKPOINTS, EXPORT, METRICS_FILE, RunConfig
 from finetune_trainer.references import FILE
 from finetune_trainer.reporter import MetricsFile, read_metrics
+from finetune_trainer.storage import resolve
 from finetune_trainer.train import train
 from tests.tiny import tiny_llama
 from tests.trainer.runs import documents, prepare_sequences, run_config
@@ -128,6 +129,18 @@ def test_references_are_read_again_and_those_that_were_changed_are_not_used(
     assert exported(straight)
     for run in (stopped, damaged, lost):
         assert exported(run) == exported(straight)
+
+
+def test_another_machine_finds_the_references_in_the_bucket(model: Path, tmp_path: Path) -> None:
+    first, second = pair_run(tmp_path / "first", model), pair_run(tmp_path / "second", model)
+    bucket = resolve(f"file://{tmp_path}/bucket", tmp_path)
+    with MetricsFile(Path(first.work) / METRICS_FILE) as metrics:
+        train(first, metrics, remote=bucket, should_stop=lambda: len(events(first, "step")) == STOP_AFTER - 1)
+    with MetricsFile(Path(second.work) / METRICS_FILE) as metrics:
+        train(second, metrics, remote=bucket)
+    assert [e["resumedFromStep"] for e in events(second, "start")] == [STOP_AFTER]
+    assert not events(second, "references")
+    assert len(events(second, "step")) == STEPS - STOP_AFTER
 
 
 def test_a_stop_while_references_are_computed_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
