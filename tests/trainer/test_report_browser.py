@@ -9,6 +9,8 @@ from typing import Literal
 import pytest
 
 from finetune_api.job import Prompt
+from finetune_api.result import ForgettingResult
+from finetune_trainer.comparison import Prices, compare, contender
 from finetune_trainer.report import write_report
 from tests.browser import Page, open_browser
 from tests.results import answered, events, prompt_results, result
@@ -60,7 +62,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     long = answered(Prompt(prompt="Say a long word", topic="T" * 90), "x" * 400, "https://example.com/" + "y" * 300)
     script = answered(Prompt(prompt="<script>document.title = 'taken'</script>"), "<img src=x>", "<b>bold</b>")
-    write_report(result(prompt_results(long, script)), events(), folder)
+    prompts = prompt_results(long, script)
+    prompts[0] = prompts[0].model_copy(update={"prompted": prompts[0].base})
+    said = [prompt.base for prompt in prompts]
+    model = contender(said, 2.5, (0.5, 0.25), Prices(worker_hour=1.0))
+    compared = compare(model, model, model, checked=5, examples=4, system=True, held_out_answers=32)
+    forgetting = ForgettingResult(passages=24, tokens=1524, perplexity_base=52.5, perplexity_tuned=67.4)
+    whole = result(prompts).model_copy(update={"comparison": compared, "forgetting": forgetting})
+    write_report(whole, events(), folder)
     return folder / "report.html"
 
 
