@@ -117,11 +117,29 @@ def _import_deepspeed(world: World) -> Any:
     with _hidden("mlflow"):
         import deepspeed
         import deepspeed.ops
-
+    with _without_compiler():
+        import deepspeed.runtime.zero.muon.muon_optimizer
     # A shared-memory all-reduce that only its inference uses: compiling it would need a compiler, half a minute, and
     # leave a lock behind when it is interrupted.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Makes torch.compile leave functions as they are.
+
+    DeepSpeed's engine imports its Muon optimizer, whose functions are compiled ones: 45 MiB of the compiler's modules
+    in every worker, though the optimizer is ours.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 @contextmanager
