@@ -10,7 +10,8 @@
     │   ├── GpuMemoryFull    exit 6   a GPU's memory did not hold the step
     │   ├── HostMemoryFull   exit 6   a machine's or container's memory did not hold the step
     │   ├── SharedMemoryFull exit 6   /dev/shm did not hold what workers share
-    │   └── NotFinite        exit 6   the loss or a gradient is not a number
+    │   ├── NotFinite        exit 6   the loss or a gradient is not a number
+    │   └── Preempted        exit 6   a node is taken away; a checkpoint was written
     ├── ExportError          exit 7   the written weights do not load or do not give the same logits
     ├── GateFailed           exit 8   the run finished and an evaluation gate was missed
     └── Interrupted          exit 130 Ctrl-C or SIGTERM; a checkpoint was written, the same command goes on
@@ -95,6 +96,10 @@ class GpuMemoryFull(TrainingError):
 
 
 class NotFinite(TrainingError):
+    pass
+
+
+class Preempted(TrainingError):
     pass
 
 

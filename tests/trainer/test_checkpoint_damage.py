@@ -112,3 +112,5 @@ def test_damage_in_every_checkpoint_begins_anew_and_says_so(trained: RunConfig, 
     assert len(events(run, "warning")) == 3
     losses = [event["loss"] for event in events(run, "step")]
     assert losses[6:] == losses[:6]
+    go_on(run)
+    assert events(run, "start")[-1]["resumedFromStep"] == 6, "the damaged ones are in nobody's way"

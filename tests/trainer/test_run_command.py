@@ -193,6 +193,24 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     assert project.processes() == {}
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["driver", "all processes"])
+def test_after_sigkill_the_same_command_goes_on_to_the_same_weights(
+    project: Project, undisturbed: tuple[Project, str], whole: bool
+) -> None:
+    process = project.start()
+    project.wait_for_step(60, process)
+    for pid in list(project.processes()) if whole else [process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while project.processes():  # they notice by themselves that the driver is gone
+        time.sleep(0.1)
+    code, output = project.run()
+    assert code == 0, output
+    starts = [e for e in read_metrics(project.work / "metrics.jsonl") if e["event"] == "start"]
+    assert starts[-1]["resumedFromStep"] >= 50
+    assert project.weights() == undisturbed[0].weights()
+
+
 def test_a_job_that_changed_is_not_mixed_with_the_checkpoints_of_the_old_one(
     undisturbed: tuple[Project, str], tmp_path: Path
 ) -> None:

@@ -128,7 +128,8 @@ def train_stage(
         train_with_ray(run, on_event, should_stop)
         if status.outcome == "interrupted":
             raise Interrupted(
-                f"stopped at step {status.step} of {status.total}; a checkpoint was written",
+                f"stopped at step {status.step} of {status.total}"
+                + ("; a checkpoint was written" if status.step else ", before the first one was done"),
                 hint="The same command goes on from there.",
             )
         stage.summary = f"{status.step} steps"

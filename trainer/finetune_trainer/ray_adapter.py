@@ -19,11 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import FinetuneError, Hang, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
+from finetune_trainer import elastic
 from finetune_trainer.pulse import watched
 from finetune_trainer.reporter import Event, Progress, Reporter
 from finetune_trainer.watch import Beat, Order, Verdict, Watch, collective_timeout, hang_limit
@@ -31,8 +33,9 @@ from finetune_trainer.watch import Beat, Order, Verdict, Watch, collective_timeo
 # Ray reads these once, when it is imported. A cluster's head pod has its own mode and token.
 if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less: there is no node to lose
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray Train would start the workers again by itself, as often as it likes: nodes that go are `elastic`'s.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # A worker may have to wait for a node and for an image of many gigabytes.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 
@@ -45,8 +48,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from finetune_trainer.ray_nodes import RayNodes
+
 _POLL_SECONDS = 0.3
 _EXIT_SECONDS = 10.0
+_FIRST_ANSWER_SECONDS = 5.0
 _EVENTS_BYTES = 100 << 20  # events and configurations only: tensors never go through the object store
 
 
@@ -56,16 +62,17 @@ class RayReporter:
     def __init__(self, actor: ActorHandle[Progress]) -> None:
         self._actor = actor
         self._asked: Any = None
-        self._stop = False
+        self._stop, self._first = False, True
 
     def event(self, event: Event) -> None:
         self._actor.event.remote(event)
 
     def should_stop(self) -> bool:
-        """The newest answer that has arrived; asks again without waiting for it."""
+        """The newest answer that has arrived; asks again without waiting for it. Before the first step it waits."""
+        first, self._first = self._first, False
         if self._asked is None:
             self._asked = self._actor.stop_requested.remote()
-        elif ray.wait([self._asked], timeout=0)[0]:
+        if ray.wait([self._asked], timeout=_FIRST_ANSWER_SECONDS if first else 0)[0]:
             self._stop = self._stop or bool(ray.get(self._asked))
             self._asked = None
         return self._stop
@@ -154,6 +161,7 @@ def train_with_ray(
     work: Work = _train,
     log: Path | None = None,
     retries: int | None = None,
+    patience: float = elastic.PATIENCE_SECONDS,
 ) -> None:
     """Trains with `run.spec.workers` on Ray Train; returns when the workers have ended.
 
@@ -163,23 +171,26 @@ def train_with_ray(
         should_stop: polled in this thread; once true, the workers checkpoint and leave.
         work: what each rank does.
         log: where tracebacks of an unexpected failure go; by default error.log in the run's folder.
-        retries: new attempts when a worker died; by default `limits.retries`.
+        retries: new attempts when a worker died and its node did not; by default `limits.retries`.
+        patience: seconds that lost nodes may take to be replaced.
 
     Raises:
+        Preempted: a node goes, and the job needs all of its workers.
         FinetuneError: what a worker raised, or TrainingError when one died and no retry is left.
     """
-    retries = run.spec.limits.retries if retries is None else retries
     log = log or Path(run.work) / ERROR_LOG
-    workers = run.spec.workers
-    processes = workers.count * max(1, workers.gpus_each)
-    with local_cluster(processes * workers.cpus_each, workers.count * workers.gpus_each) as scratch:
-        for attempt in range(retries + 1):
-            failure = _attempt(run, scratch, attempt, processes, on_event, should_stop, work, log)
-            if failure is None:
-                return
-            if not isinstance(failure, _WorkerDied | Hang) or should_stop() or attempt == retries:
-                raise failure
-            on_event({"event": "retry", "time": time.time(), "attempt": attempt + 1, "reason": failure.what})
+    workers, bounds = run.spec.workers, elastic.bounds(run.spec)
+    with local_cluster(bounds.most * workers.cpus_each, workers.count * workers.gpus_each) as scratch:
+        elastic.train(
+            partial(_attempt, run, scratch, work, log),
+            RayNodes(workers),
+            bounds,
+            on_event,
+            should_stop,
+            again=(_WorkerDied, Hang),
+            retries=run.spec.limits.retries if retries is None else retries,
+            patience=patience,
+        )
 
 
 class _WorkerDied(TrainingError):
@@ -189,12 +200,12 @@ class _WorkerDied(TrainingError):
 def _attempt(
     run: RunConfig,
     scratch: Path,
+    work: Work,
+    log: Path,
     attempt: int,
     processes: int,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
-    work: Work,
-    log: Path,
 ) -> FinetuneError | None:
     """One start of the worker group; what ended it early, or None when it ended well."""
     spec = run.spec

@@ -68,7 +68,7 @@ class CheckpointStore:
         self._step = 0  # of the checkpoint that is being uploaded
         self._started = 0.0
         self._upload: Future[dict[str, File]] | None = None  # of this worker's shard
-        self._marker: tuple[Checkpoint, Future[None]] | None = None  # of rank 0
+        self._marker: tuple[Checkpoint, float, Future[None]] | None = None  # of rank 0: when begun, its thread
         self._failures = 0
         self._waiting = 0.0  # since when training waits for the last checkpoint
 
@@ -101,8 +101,7 @@ class CheckpointStore:
         for folder in broken:
             if loaded is None or folder.name > loaded.name:
                 self._report("warning", message=f"{folder.name} is no checkpoint to go on from: {folder.why}")
-        if loaded is not None:
-            self._forget_newer(loaded)
+        self._forget_newer(loaded.name if loaded else "")
         return loaded.step if loaded else None
 
     def save(self, step: int) -> float:
@@ -160,12 +159,13 @@ class CheckpointStore:
             self._drop_local(keep=checkpoint.name)
         if self._world.rank == 0:
             self._wait_for_marker()
-            self._marker = checkpoint, in_background(lambda: self._complete(checkpoint), "checkpoint marker")
+            thread = in_background(lambda: self._complete(checkpoint), "checkpoint marker")
+            self._marker = checkpoint, self._started, thread
 
     def _poll(self) -> None:
         """Reports a checkpoint that has become complete; rank 0 knows."""
-        if self._marker is not None and self._marker[1].done():
-            checkpoint, marker = self._marker
+        if self._marker is not None and self._marker[-1].done():
+            checkpoint, started, marker = self._marker
             self._marker = None
             error = marker.exception()
             if isinstance(error, FinetuneError):
@@ -178,7 +178,7 @@ class CheckpointStore:
                 "checkpoint-complete",
                 step=checkpoint.step,
                 bytes=checkpoint.bytes,
-                seconds=now - self._started,
+                seconds=now - started,
                 waited=now - self._waiting if self._waiting else 0.0,
             )
 
@@ -201,7 +201,7 @@ class CheckpointStore:
 
     def _wait_for_marker(self) -> None:
         if self._marker is not None:
-            self._marker[1].exception()
+            self._marker[-1].exception()
         self._poll()
 
     def _write(self, path: Path) -> str | None:
@@ -261,17 +261,17 @@ class CheckpointStore:
                 hint=f"undo the change, or delete {self._catalog.root.uri} to start anew",
             )
 
-    def _forget_newer(self, loaded: Checkpoint) -> None:
-        """Deletes what is newer: unfinished or broken, it would be in the way when its step comes again."""
+    def _forget_newer(self, loaded: str) -> None:
+        """Deletes what is newer: unfinished or broken, it would be taken for the newest when its step comes again."""
 
         def remove() -> None:
             for name in self._catalog.names():
-                if name > loaded.name:
+                if name > loaded:
                     self._catalog.remove(name)
 
         on_rank_0(self._world, remove)
         if self._remote is not None and self._first_here:
-            self._drop_local(keep=loaded.name)
+            self._drop_local(keep=loaded)
         self._world.barrier()
 
     def _drop_local(self, keep: str) -> None:

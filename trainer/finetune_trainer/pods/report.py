@@ -19,6 +19,7 @@ from finetune_api.errors import (
     HostMemoryFull,
     ModelError,
     NotFinite,
+    Preempted,
     SharedMemoryFull,
     SpecError,
     StorageError,
@@ -37,6 +38,7 @@ _REASONS: Final[tuple[tuple[type[FinetuneError], FailureReason], ...]] = (
     (HostMemoryFull, "OutOfHostMemory"),
     (SharedMemoryFull, "OutOfSharedMemory"),
     (NotFinite, "Numerics"),
+    (Preempted, "Preempted"),
     (Hang, "Hang"),
     (GateFailed, "GateMissed"),
 )
