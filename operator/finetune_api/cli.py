@@ -32,6 +32,7 @@ _ABOUT: Final = {
     "result": "Say what came out of a run, in a pod.",
     "report": "Write the report of a finished run again.",
     "mirror": "Copy a model of a hub to a bucket, for clusters that reach no hub.",
+    "rows": "Say which rows training sequences are made of.",
     "operator": "Watch FinetuneJobs in a cluster and bring each to its end.",
 }
 

@@ -83,7 +83,7 @@ def prepare(
     prepared, partial = work / PREPARED, work / f"{PREPARED}.partial"
     opener = opener or _opener(run, files, workers)
     try:
-        with opener(_settings(run), partial, partial / _SPILL) as machine:
+        with opener(worker_settings(run), partial, partial / _SPILL) as machine:
             return _prepare(run, files, prepared, partial, machine, progress)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after the machine's end: it may have been writing still
@@ -175,7 +175,8 @@ def _write(
     return manifest
 
 
-def _settings(run: RunConfig) -> Settings:
+def worker_settings(run: RunConfig) -> Settings:
+    """What a worker needs to know of the job."""
     spec = run.spec
     return Settings(
         model=Path(run.model_path),
