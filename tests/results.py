@@ -6,7 +6,8 @@ import math
 import random
 from typing import Any
 
-from finetune_api.job import FinetuneJobSpec, Prompt
+from finetune_api.job import FinetuneJobSpec
+from finetune_api.job_evaluation import Prompt
 from finetune_api.result import Answer, ExportCheck, ExportResult, PromptResult, Result
 from finetune_trainer.answers import check
 from finetune_trainer.figures import evaluation_result, stages, training_result

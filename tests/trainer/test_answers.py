@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.errors import ExportError, Interrupted
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_trainer.answers import ask, check, compared
 from finetune_trainer.speaking import Passage, Question, Speaker, Task, tell
 from tests.tiny import tiny_llama, tiny_tokenizer

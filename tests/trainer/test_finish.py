@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.errors import GateFailed
-from finetune_api.job import Gate
+from finetune_api.job_evaluation import Gate
 from finetune_api.run import RunConfig
 from finetune_trainer.finish import Price, check_gates, finish
 from finetune_trainer.prepare import prepare

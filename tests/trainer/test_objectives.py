@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from finetune_api.errors import GateFailed
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer import examine
 from finetune_trainer.finish import check_gates, finish

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_api.result import ForgettingResult
 from finetune_trainer.comparison import Prices, compare, contender
 from finetune_trainer.report import write_report

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.job import TokenPrices
+from finetune_api.job_evaluation import TokenPrices
 from finetune_api.result import Answer, ComparisonResult, Contender, ForgettingResult
 from finetune_trainer.comparison import Prices, compare, contender
 from finetune_trainer.model_card import results

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from finetune_api.job import FinetuneJob, Prompt
+from finetune_api.job import FinetuneJob
+from finetune_api.job_evaluation import Prompt
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "01-quickstart"

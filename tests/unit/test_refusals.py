@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from finetune_api.job import Gate
+from finetune_api.job_evaluation import Gate
 from finetune_trainer.model_card import results
 from finetune_trainer.refusals import KINDS, ROWS_FILE, declined, measure_refusals, suite
 from finetune_trainer.report.page import tiles

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from finetune_api.errors import TrainingError
-from finetune_api.job import Gate, Prompt
+from finetune_api.job_evaluation import Gate, Prompt
 from finetune_api.result import EvaluationResult, PromptResult, Verdict
 from finetune_trainer import figures
 from finetune_trainer.model_card import model_card

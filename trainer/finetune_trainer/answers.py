@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import cast
 
 from finetune_api.errors import ExportError
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_api.result import Answer, Outcome, PromptResult
 from finetune_trainer.speaking import Said, Speaker, Task, Told, tell
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from finetune_api.job import TokenPrices
+from finetune_api.job_evaluation import TokenPrices
 from finetune_api.result import Answer, ComparisonResult, Contender, Requests
 
 Needed = Literal["yes", "no", "unclear"]

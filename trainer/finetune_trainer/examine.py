@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_api.result import (
     ComparisonResult,
     ForgettingResult,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.manifest import Split, read_manifest

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from finetune_api.job import Prompt
+from finetune_api.job_evaluation import Prompt
 
 _BATCH: Final = 64  # questions
 _BATCH_TOKENS: Final = 16_384  # at most, so that a batch's keys and values fit beside a large model

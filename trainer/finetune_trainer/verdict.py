@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from finetune_api.job import Gate
+from finetune_api.job_evaluation import Gate
 from finetune_api.result import (
     ComparisonResult,
     EvaluationResult,
