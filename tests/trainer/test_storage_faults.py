@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,6 +18,7 @@ from finetune_api.errors import SpecError, StorageError
 from finetune_trainer import storage
 from finetune_trainer.patience import may_pass, persistently
 from finetune_trainer.stores import azure_options, gcs_options, s3_options
+from finetune_trainer.unfinished import end_unfinished
 from tests.faulty import FaultyStore
 from tests.s3 import S3Server, s3_server
 
@@ -99,6 +102,30 @@ def test_half_an_upload_is_never_taken_for_the_file(tmp_path: Path, store: Fault
     with pytest.raises(RuntimeError):
         storage.upload(tmp_path / "large", _at("half", tmp_path), break_off)
     assert not (server.root / "data" / "half").exists()
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from finetune_trainer import storage
+seen = []
+def pace(size):
+    seen.append(size)
+    if len(seen) == 3:
+        os._exit(9)
+storage.upload(Path(sys.argv[1]), storage.resolve(sys.argv[2], "/"), pace)
+"""
+
+
+def test_what_a_killed_upload_left_is_ended(tmp_path: Path, store: FaultyStore, server: S3Server) -> None:
+    (tmp_path / "large").write_bytes(CONTENT)
+    for name in ("work/job one/shard", "work/other/shard"):
+        command = [sys.executable, "-c", _KILLED, str(tmp_path / "large"), f"s3://data/{name}"]
+        assert subprocess.run(command, check=False).returncode == 9
+    assert not storage.exists(_at("work/job one/shard", tmp_path))
+    assert end_unfinished(_at("work/job one", tmp_path)) == 1
+    assert end_unfinished(_at("work/job one", tmp_path)) == 0
+    assert end_unfinished(_at("work", tmp_path)) == 1, "another job's is left alone"
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, store: FaultyStore, server: S3Server) -> None:

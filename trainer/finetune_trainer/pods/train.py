@@ -26,6 +26,7 @@ from finetune_trainer.pods.worker import finish_run, train_rank
 from finetune_trainer.progress import Display, Stage, TrainingStatus
 from finetune_trainer.reporter import Event, MetricsFile
 from finetune_trainer.tracking import tracked
+from finetune_trainer.unfinished import end_unfinished
 
 
 def train(run_file: Path, should_stop: Callable[[], bool]) -> None:
@@ -78,6 +79,7 @@ class _Driver:
         from finetune_trainer.ray_cluster import work_on
 
         Path(self._local.work).mkdir(parents=True, exist_ok=True)
+        self._tidy()
         exchange.fetch_metrics(self._run, self._local)
         started = time.monotonic()
         log = Path(self._local.work) / ERROR_LOG
@@ -95,6 +97,15 @@ class _Driver:
         finish = partial(finish_run, {"train": time.monotonic() - started})
         with self._taking("finish") as take:
             work_on(self._node, finish, self._run, take, self._should_stop)
+
+    def _tidy(self) -> None:
+        """Ends uploads of earlier attempts, of which none runs any more. That it fails is no reason to fail."""
+        for folder in (exchange.prefix(self._run), storage.resolve(self._run.spec.output.uri, self._run.base_dir)):
+            try:
+                if ended := end_unfinished(folder):
+                    print(f"{ended} unfinished uploads of earlier attempts are gone", flush=True)
+            except StorageError as error:
+                print(f"unfinished uploads of earlier attempts may be left: {error.what}", flush=True)
 
     @contextlib.contextmanager
     def _kept(self, log: Path) -> Iterator[None]:
