@@ -91,7 +91,8 @@ class _Driver:
                     f"stopped at step {self._status.step} of {self._status.total}; a checkpoint was written",
                     hint="the job goes on from there",
                 )
-        exchange.publish_metrics(self._run, self._local)
+        with self._uploading:  # one that was under way must not end after this one
+            exchange.publish_metrics(self._run, self._local)
         if not self._node:
             raise TrainingError("no worker said where the weights are", hint="see the workers' logs")
         finish = partial(finish_run, {"train": time.monotonic() - started})
