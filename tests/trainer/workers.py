@@ -43,6 +43,8 @@ def _worker(work: Callable[..., None], rank: int, world_size: int, store: Path, 
     import torch
     import torch.distributed as dist
 
+    from finetune_trainer.distributed import leave
+
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -52,6 +54,7 @@ def _worker(work: Callable[..., None], rank: int, world_size: int, store: Path, 
         traceback.print_exc()
         os._exit(1)  # the others wait in a collective: no clean end is to be had
     dist.destroy_process_group()
+    leave(0)
 
 
 def _train_all(rank: int, runs: list[RunConfig]) -> None:

@@ -30,7 +30,7 @@ from finetune_trainer.batches import MicroBatch, micro_batch_count, micro_batche
 from finetune_trainer.checkpoint import CheckpointStore
 from finetune_trainer.clock import StepClock
 from finetune_trainer.dataset import PackedDataset
-from finetune_trainer.distributed import World, join_world, wait_for_collectives
+from finetune_trainer.distributed import World, join_world, leave, wait_for_collectives
 from finetune_trainer.engine import build_engine, optimizer_step, set_learning_rate
 from finetune_trainer.export import export
 from finetune_trainer.manifest import read_manifest
@@ -386,4 +386,4 @@ def _stop_on_signals() -> Callable[[], bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))
