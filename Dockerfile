@@ -29,7 +29,7 @@ FROM build AS trainer-packages
 ARG ACCELERATOR=cuda
 COPY scripts scripts
 RUN --mount=type=cache,target=/root/.cache/uv \
-    PATH=/opt/uv/bin:$PATH ACCELERATOR=${ACCELERATOR} python3 scripts/setup.py --extra trainer
+    PATH=/opt/uv/bin:$PATH ACCELERATOR=${ACCELERATOR} python3 scripts/setup.py --extra image
 
 # The operator holds no torch, no Ray and no compiler.
 FROM ${BASE} AS operator

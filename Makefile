@@ -17,7 +17,7 @@ PYTEST := $(BIN)/pytest --durations=15
 
 .PHONY: help
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: quickstart
 quickstart: setup ## Set up, then finetune a small real model and report what changed
@@ -37,6 +37,10 @@ LAB = FINETUNE_LAB_IMAGES=$$($(BIN)/python -m tests.cluster.images) \
 .PHONY: e2e
 e2e: setup-cluster ## Run the tests on a real cluster of two nodes on this machine (Linux, root; ARGS as above)
 	$(LAB) $(PYTEST) $(or $(ARGS),tests/cluster)
+
+.PHONY: cluster
+cluster: setup-cluster ## Start such a cluster with the service in it, and a shell to use it
+	$(LAB) $(BIN)/python -m tests.cluster.shell
 
 .PHONY: setup-cluster
 setup-cluster: tools

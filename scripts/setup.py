@@ -207,7 +207,7 @@ def has_module(name: str) -> bool:
 
 def sync(uv: Path, extra: str | None, *, without_cuda: bool) -> None:
     """Installs what uv.lock names, checked against its hashes."""
-    wanted = ["--extra", extra, "--no-install-project"] if extra else ["--all-extras"]
+    wanted = ["--extra", extra, "--no-install-project"] if extra else ["--all-extras", "--no-extra", "image"]
     command: list[str | Path] = [uv, "sync", "--locked", *wanted, "--python", sys.executable]
     # A run starts a dozen processes at once: each would compile torch, or do so every time where Python may not write.
     command.append("--compile-bytecode")

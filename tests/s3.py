@@ -24,26 +24,28 @@ class S3Server:
     endpoint: str
     root: Path
     environment: dict[str, str]  # what a client needs: endpoint, region and credentials
+    process: int
 
 
 @contextmanager
-def s3_server(folder: Path, tls: tuple[Path, Path] | None = None) -> Iterator[S3Server]:
+def s3_server(folder: Path, tls: tuple[Path, Path] | None = None, host: str = "127.0.0.1") -> Iterator[S3Server]:
     """Serves the folders below `folder`/buckets; stops when the block is left.
 
     Args:
         tls: certificate and key, for HTTPS.
+        host: address of this machine.
     """
     root, attributes = folder / "buckets", folder / "attributes"
     root.mkdir()
     attributes.mkdir()
     port = free_port()
-    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    endpoint = f"{'https' if tls else 'http'}://{host}:{port}"
     access, secret = "finetune-test", "finetune-test-secret"
     server = subprocess.Popen(
         [
             build("versitygw") / "versitygw",
             "--port",
-            f"127.0.0.1:{port}",
+            f"{host}:{port}",
             "--quiet",
             *(["--cert", str(tls[0]), "--key", str(tls[1])] if tls else []),
             "posix",
@@ -55,7 +57,7 @@ def s3_server(folder: Path, tls: tuple[Path, Path] | None = None) -> Iterator[S3
         stdout=subprocess.DEVNULL,
     )
     try:
-        _wait_for(port)
+        _wait_for(host, port)
         yield S3Server(
             endpoint=endpoint,
             root=root,
@@ -66,6 +68,7 @@ def s3_server(folder: Path, tls: tuple[Path, Path] | None = None) -> Iterator[S3
                 "AWS_REGION": "us-east-1",
                 "AWS_EC2_METADATA_DISABLED": "true",
             },
+            process=server.pid,
         )
     finally:
         server.terminate()
@@ -82,11 +85,11 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     return files
 
 
-def _wait_for(port: int) -> None:
+def _wait_for(host: str, port: int) -> None:
     end = time.monotonic() + _START_SECONDS
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
         except OSError:
             if time.monotonic() > end:
                 raise

@@ -10,6 +10,7 @@ import pytest
 
 from tests.api.objects import Api, fresh_namespace
 from tests.cluster.lab import Lab, lab
+from tests.cluster.service import Service, service
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,13 @@ def api(running: Lab) -> Iterator[Api]:
     """The API server as its admin."""
     with Api(running.cluster.kubeconfig) as api:
         yield api
+
+
+@pytest.fixture(scope="session")
+def installed(running: Lab, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service, with object storage and a namespace for a team."""
+    with service(running, api, tmp_path_factory.mktemp("service")) as found:
+        yield found
 
 
 @pytest.fixture

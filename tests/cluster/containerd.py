@@ -16,7 +16,7 @@ from tests.cluster.network import run
 PAUSE: Final = "localhost/pause:lab"
 PATH: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 _SNAPSHOTS: Final = "io.containerd.snapshotter.v1.overlayfs"
-_CONTENT: Final = "io.containerd.content.v1.content"
+CONTENT: Final = "io.containerd.content.v1.content"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def copy_images(seed: Path, containerd: Containerd) -> None:
     containerd.root.mkdir(parents=True)
     for part in seed.iterdir():
         target = containerd.root / part.name
-        if part.name in (_SNAPSHOTS, _CONTENT):
+        if part.name in (_SNAPSHOTS, CONTENT):
             run("cp", "--archive", "--link", str(part), str(target))
             for database in part.glob("*.db"):  # these are written to
                 (target / database.name).unlink()

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import re
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from tests.api.cluster import Programs
-from tests.cluster.containerd import PAUSE, Containerd
+from tests.cluster.containerd import CONTENT, PAUSE, Containerd, copy_images
 from tests.tools.build import ROOT, build
 
 OPERATOR: Final = "localhost/finetune-operator:lab"
@@ -48,9 +50,10 @@ def containerd_images() -> Path:
         key = hashlib.sha256("".join(f"{name} {identity}\n" for name, identity in sorted(identities.items())).encode())
         seed = _CACHE / f"containerd-{key.hexdigest()[:16]}"
         if not seed.is_dir():
-            for old in _CACHE.glob("containerd-*"):
+            before = list(_CACHE.glob("containerd-*"))
+            _import(list(identities), before[0] if before else None, seed)
+            for old in before:
                 shutil.rmtree(old)
-            _import(list(identities), seed)
     return seed
 
 
@@ -114,21 +117,49 @@ def _mirror() -> str:
     return found[0] if found else "http://deb.debian.org/debian"
 
 
-def _import(names: Sequence[str], seed: Path) -> None:
+def _import(names: Sequence[str], before: Path | None, seed: Path) -> None:
+    """Makes `seed` out of the root `before`: only what that lacks is written and unpacked."""
     with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
         containerd = Containerd(Path(scratch, "seed"))
         programs = Programs(Path(scratch))
+        if before:
+            copy_images(before, containerd)
         try:
             containerd.start(programs, "containerd")
-            for number, name in enumerate(names):
-                archive = Path(scratch, f"{number}.tar")
-                _buildah("push", "--quiet", name, f"docker-archive:{archive}:{name}")
-                containerd.ctr("images", "import", "--no-unpack=false", str(archive))
-                archive.unlink()
+            for name in names:
+                archive = Path(scratch, "image.tar")
+                _archive(name, archive, there=containerd.root / CONTENT / "blobs" / "sha256")
+                containerd.ctr("images", "import", str(archive))
         finally:
             programs.stop()
             shutil.rmtree(containerd.socket.parent)
         containerd.root.replace(seed)
+
+
+def _archive(name: str, archive: Path, there: Path) -> None:
+    """Writes an image as an OCI archive without the blobs that the folder `there` has."""
+    layout = _CACHE / "oci"
+    _buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
+    index = json.loads((layout / "index.json").read_bytes())
+    found = next(m for m in index["manifests"] if m["annotations"]["org.opencontainers.image.ref.name"] == name)
+    found["annotations"]["io.containerd.image.name"] = name
+    manifest = json.loads(_blob(layout, found).read_bytes())
+    with tarfile.open(archive, "w") as tar:
+        for file, content in (
+            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+            ("index.json", index | {"manifests": [found]}),
+        ):
+            written = archive.with_name(file)
+            written.write_text(json.dumps(content))
+            tar.add(written, file)
+        for part in (found, manifest["config"], *manifest["layers"]):
+            blob = _blob(layout, part)
+            if not (there / blob.name).exists():
+                tar.add(blob, f"blobs/sha256/{blob.name}")
+
+
+def _blob(layout: Path, descriptor: dict[str, str]) -> Path:
+    return layout / "blobs" / "sha256" / descriptor["digest"].removeprefix("sha256:")
 
 
 def _buildah(*arguments: str) -> str:

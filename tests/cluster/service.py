@@ -1,0 +1,173 @@
+"""The service as a platform engineer installs it: operator, runtime, object storage, and a namespace for a team."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from finetune_operator.children.labels import JOB_LABEL, STAGE_LABEL
+from tests.api.cluster import install_crds
+from tests.api.objects import Api, Object, eventually
+from tests.cluster.images import OPERATOR, TRAINER
+from tests.cluster.kubectl import Kubectl
+from tests.cluster.lab import Lab
+from tests.cluster.network import GATEWAY
+from tests.s3 import S3Server, s3_server
+from tests.tiny import tiny_llama
+from tests.tools.build import ROOT
+
+JOB: Final = "finetune.dev/v1alpha1/FinetuneJob"
+BUCKET: Final = "team"
+OPERATOR_NAMESPACE: Final = "finetune-system"
+_RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
+
+
+@dataclass(frozen=True)
+class Service:
+    """The installed service, and the team's namespace."""
+
+    lab: Lab
+    api: Api
+    s3: S3Server
+    kubectl: Kubectl
+    namespace: str
+
+    @property
+    def bucket(self) -> Path:
+        """The team's bucket, as the folder that the S3 server keeps it in."""
+        return self.s3.root / BUCKET
+
+    def submit(self, name: str, **changes: Any) -> None:
+        """Creates a small chat job with two workers; `changes` replace fields of its spec."""
+        spec = {"runtimeRef": {"name": "lab"}} | chat_job() | changes
+        manifest = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FinetuneJob",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+        self.api.create(manifest, namespace=self.namespace)
+
+    def remove(self, name: str) -> None:
+        """Deletes the job, and waits until its pods are gone."""
+        self.api.delete(JOB, name, self.namespace)
+        eventually(lambda: not self.api.list("v1/Pod", self.namespace, {JOB_LABEL: name}), f"{name}'s end", 180)
+
+    def status(self, name: str) -> Object:
+        """The job's status now."""
+        status: Object = self.api.get(JOB, name, self.namespace)["status"]
+        return status
+
+    def pods(self, name: str, label: str, value: str) -> list[str]:
+        """Names of the job's pods with this label that run."""
+        found = self.api.list("v1/Pod", self.namespace, {JOB_LABEL: name, label: value})
+        return [pod["metadata"]["name"] for pod in found if pod["status"]["phase"] == "Running"]
+
+    def uids(self, name: str) -> set[str]:
+        """UIDs of the job's pods that train."""
+        found = self.api.list("v1/Pod", self.namespace, {JOB_LABEL: name, STAGE_LABEL: "train"})
+        return {pod["metadata"]["uid"] for pod in found}
+
+    @contextmanager
+    def another_runtime(self, name: str, **changes: Any) -> Iterator[None]:
+        """A runtime like the lab's, with `changes` in its spec."""
+        manifest = runtime(self.s3, name)
+        self.api.create(manifest | {"spec": manifest["spec"] | changes})
+        try:
+            yield
+        finally:
+            self.api.delete("finetune.dev/v1alpha1/FinetuneRuntime", name)
+
+    def wait(self, name: str, until: Callable[[Object], object], seconds: float = 300) -> Object:
+        """The job's status as soon as `until` holds for it."""
+        job = self.api.wait_for(JOB, name, self.namespace, lambda job: until(job.get("status", {})), seconds)
+        status: Object = job["status"]
+        return status
+
+    def phase(self, name: str, *phases: str, seconds: float = 300) -> Object:
+        """The job's status as soon as it is in one of `phases`."""
+        return self.wait(name, lambda status: status.get("phase") in phases, seconds)
+
+
+@contextmanager
+def service(lab: Lab, api: Api, folder: Path) -> Iterator[Service]:
+    """Installs everything into the lab."""
+    with s3_server(folder, host=GATEWAY) as s3:
+        namespace = "team"
+        bucket = s3.root / BUCKET
+        bucket.mkdir()
+        fill(bucket)
+        install_operator(api)
+        api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": _RESTRICTED}})
+        keys = {key: s3.environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "storage"}, "stringData": keys}
+        api.create(secret, namespace=namespace)
+        api.apply(runtime(s3))
+        yield Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace)
+
+
+def install_operator(api: Api) -> None:
+    """manifests/install.yaml with the image that is here; returns when an operator leads."""
+    objects = list(yaml.safe_load_all((ROOT / "manifests" / "install.yaml").read_text()))
+    install_crds(api, sorted((ROOT / "manifests" / "crds").glob("*.yaml")))
+    for manifest in objects:
+        if manifest["kind"] == "Deployment":
+            container = manifest["spec"]["template"]["spec"]["containers"][0]
+            container |= {"image": OPERATOR, "imagePullPolicy": "Never"}
+            container["resources"] = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}}
+        if manifest["kind"] != "CustomResourceDefinition":
+            api.apply(manifest)
+    api.wait_for(
+        "apps/v1/Deployment",
+        "finetune-operator",
+        OPERATOR_NAMESPACE,
+        lambda found: found["status"].get("readyReplicas") == 2,
+        120,
+    )
+
+
+def runtime(s3: S3Server, name: str = "lab") -> Object:
+    """A runtime of small CPU workers that reach the S3 server and nothing else."""
+    port = int(s3.endpoint.rpartition(":")[2])
+    spec = {
+        "images": {"trainer": TRAINER, "pullPolicy": "Never"},
+        "resources": {"memoryPerCpu": "4Gi", "sharedMemory": "256Mi", "scratch": "8Gi", "prepareCpus": 0.5},
+        "storage": {"endpoint": s3.endpoint, "region": "us-east-1", "pathStyle": True, "secretName": "storage"},
+        "networkPolicy": {"egress": [{"cidr": f"{GATEWAY}/32", "ports": [port]}]},
+    }
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FinetuneRuntime", "metadata": {"name": name}, "spec": spec}
+
+
+def fill(bucket: Path) -> None:
+    """A model and rows to learn, written where the S3 server keeps its buckets."""
+    tiny_llama(bucket / "base")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} and {i * i}?"},
+                {"role": "assistant", "content": f"It is {i * 7}, {i * 11} and {i * 13}."},
+            ]
+        }
+        for i in range(200)
+    ]
+    (bucket / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat_job() -> dict[str, Any]:
+    """Spec of a chat job of 20 steps by two workers under ZeRO-2."""
+    return {
+        "model": {"source": f"s3://{BUCKET}/base"},
+        "method": {"tuning": "full"},
+        "data": {"train": [{"uri": f"s3://{BUCKET}/rows.jsonl"}], "sequenceLength": 128, "evaluationFraction": 0.1},
+        "training": {"maxSteps": 20, "sequencesPerBatch": 4, "precision": "fp32", "evaluateEverySteps": 10},
+        "deepspeed": {"zeroStage": 2},
+        "workers": {"count": 2, "gpusEach": 0, "cpusEach": 0.5},
+        "checkpoint": {"everySteps": 5},
+        "output": {"uri": f"s3://{BUCKET}/output"},
+    }
