@@ -87,7 +87,7 @@ class Service:
     def wait(self, name: str, until: Callable[[Object], object], seconds: float = 300) -> Object:
         """The job's status as soon as `until` holds for it."""
         job = self.api.wait_for(JOB, name, self.namespace, lambda job: until(job.get("status", {})), seconds)
-        status: Object = job["status"]
+        status: Object = job.get("status", {})
         return status
 
     def phase(self, name: str, *phases: str, seconds: float = 300) -> Object:
