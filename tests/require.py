@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
+
+from tests.tools.build import build
 
 # Where scripts/setup.py puts what would start a service if it were installed.
 UNPACKED: Final = Path(__file__).parents[1] / ".cache" / "prometheus" / "usr" / "bin"
@@ -15,10 +18,22 @@ UNPACKED: Final = Path(__file__).parents[1] / ".cache" / "prometheus" / "usr" / 
 
 def program(*names: str) -> str:
     """Path of the first program that is installed. Without any the test is skipped, in CI (FINETUNE_CI=1) it fails."""
-    for name in names:
-        if found := shutil.which(name) or shutil.which(name, path=UNPACKED):
-            return found
-    message = f"none of {', '.join(names)} is installed; `make test` as root installs what apt has"
+    found = next(filter(None, (shutil.which(name) or shutil.which(name, path=UNPACKED) for name in names)), None)
+    if found is None:
+        _missing(f"none of {', '.join(names)} is installed; `make test` as root installs what apt has")
+    return found
+
+
+def tools(*modules: str) -> None:
+    """Builds modules of tests/tools. Where they do not build the test is skipped, in CI (FINETUNE_CI=1) it fails."""
+    for module in modules:
+        try:
+            build(module)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            _missing(f"tests/tools/{module} does not build: {error}")
+
+
+def _missing(message: str) -> NoReturn:
     if os.environ.get("FINETUNE_CI") == "1":
         pytest.fail(message)
     pytest.skip(message)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import require
 from tests.api.cluster import Cluster, cluster, existing
 from tests.api.objects import Api, fresh_namespace
-from tests.tools.build import build
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +20,7 @@ def api_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if kubeconfig := os.environ.get("FINETUNE_TEST_KUBECONFIG"):
         yield existing(Path(kubeconfig), folder)
         return
-    for module in ("etcd", "kubernetes", "kuberay"):
-        try:
-            build(module)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            message = f"tests/tools/{module} does not build: {error}"
-            if os.environ.get("FINETUNE_CI") == "1":
-                pytest.fail(message)
-            pytest.skip(message)
+    require.tools("etcd", "kubernetes", "kuberay")
     with cluster(folder) as c:
         yield c
 
