@@ -118,15 +118,19 @@ def _entry_points() -> importlib.metadata.EntryPoints:
 
 
 def _missing(error: ModuleNotFoundError) -> FinetuneError:
-    """Which extra brings a module that is not installed."""
+    """Which extra brings a module that is not installed: of several, the one that brings the least."""
     module = (error.name or "").partition(".")[0]
     wanted = module.replace("_", "-").lower()
+    brought: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("finetune") or []:
         name = re.match(r"[-A-Za-z0-9_.]+", requirement)
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if name and extra and name.group().replace("_", "-").lower() == wanted:
-            hint = f"pip install 'finetune[{extra.group(1)}]', or uv sync --extra {extra.group(1)} in a checkout"
-            return FinetuneError(f"this command needs {module}, which is not installed", hint=hint)
+        if name and extra:
+            brought.setdefault(extra.group(1), []).append(name.group().replace("_", "-").lower())
+    if extras := [extra for extra, names in brought.items() if wanted in names]:
+        least = min(extras, key=lambda extra: len(brought[extra]))
+        hint = f"pip install 'finetune[{least}]', or uv sync --extra {least} in a checkout"
+        return FinetuneError(f"this command needs {module}, which is not installed", hint=hint)
     return FinetuneError(f"the module {error.name} is missing", hint="install finetune again")
 
 
