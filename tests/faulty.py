@@ -7,16 +7,16 @@ from the next request on.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final
+from typing import Any, ClassVar, Final
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
+
+from tests.proxying import LoopbackProxy, hang_up
 
 _HOP: Final = frozenset({"connection", "content-length", "transfer-encoding", "expect"})
 _BLOCK: Final = 1 << 16
@@ -42,7 +42,7 @@ class Faults:
     bytes_per_second: int = 0
 
 
-class FaultyStore:
+class FaultyStore(LoopbackProxy):
     """A running proxy.
 
     Attributes:
@@ -51,41 +51,21 @@ class FaultyStore:
         requests: by method.
     """
 
+    largest = 1 << 28
+    runner: ClassVar[dict[str, Any]] = {"auto_decompress": False}
+
     def __init__(self, upstream: str) -> None:
-        self.url = ""
+        super().__init__()
         self.faults = Faults()
         self.requests: Counter[str] = Counter()
         self._upstream = upstream
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="faulty-store")
 
-    def __enter__(self) -> FaultyStore:
-        self._thread.start()
-        assert self._started.wait(10), "the proxy does not start"
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with aiohttp.ClientSession(
+    def client(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
             auto_decompress=False, skip_auto_headers=["Accept-Encoding", "User-Agent", "Content-Type", "Accept"]
-        ) as self._session:
-            app = web.Application(client_max_size=1 << 28)
-            app.router.add_route("*", "/{path:.*}", self._handle)
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, auto_decompress=False)
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            self._started.set()
-            await self._stop.wait()
-            await runner.cleanup()
+        )
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         self.requests[request.method] += 1
         faults = self.faults
         if faults.unavailable > 0:
@@ -94,12 +74,12 @@ class FaultyStore:
         if request.method == "PUT" and faults.cut_uploads and _length(request) > faults.cut_after:
             faults.cut_uploads -= 1
             await request.content.read(faults.cut_after)
-            return _hang_up(request)
+            return hang_up(request)
         body = await request.read()
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP]
         # The path as it was signed: decoding and encoding it again could change it.
         url = URL(self._upstream + request.raw_path, encoded=True)
-        async with self._session.request(request.method, url, headers=headers, data=body or None) as answer:
+        async with self.session.request(request.method, url, headers=headers, data=body or None) as answer:
             return await self._answer(request, answer)
 
     async def _answer(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -122,7 +102,7 @@ class FaultyStore:
         if cut:
             faults.cut_answers -= 1
             await response.write(content[: faults.cut_after])
-            return _hang_up(request)
+            return hang_up(request)
         with suppress(ConnectionError):  # the client may have gone
             for start in range(0, len(content), _BLOCK):
                 await response.write(content[start : start + _BLOCK])
@@ -134,9 +114,3 @@ class FaultyStore:
 def _length(request: web.Request) -> int:
     """Bytes of the object that is uploaded; its body may come in chunks with a checksum at the end."""
     return int(request.headers.get("x-amz-decoded-content-length") or request.content_length or 0)
-
-
-def _hang_up(request: web.Request) -> web.Response:
-    if request.transport:
-        request.transport.abort()
-    return web.Response()

@@ -10,18 +10,18 @@ import asyncio
 import json
 import random
 import ssl
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Final
+from typing import Any, ClassVar, Final
 
 import aiohttp
 from aiohttp import web
+
+from tests.proxying import LoopbackProxy, hang_up
 
 # What holds for one connection only. Without Accept-Encoding answers come, and are passed on, as they are.
 _HOP: Final = frozenset({"accept-encoding", "connection", "content-length", "host", "transfer-encoding"})
@@ -60,7 +60,7 @@ class Write:
     time: float = field(default_factory=time.monotonic)
 
 
-class Proxy:
+class Proxy(LoopbackProxy):
     """A running proxy.
 
     Attributes:
@@ -71,8 +71,11 @@ class Proxy:
         after_write: called with the number of the write, from 1, before its answer is passed on; in the proxy's thread.
     """
 
+    largest = 2**24
+    runner: ClassVar[dict[str, Any]] = {"handler_cancellation": True}
+
     def __init__(self, upstream: str, ca: Path, seed: int = 0) -> None:
-        self.url = ""
+        super().__init__()
         self.faults = Faults()
         self.requests: Counter[tuple[str, str]] = Counter()
         self.writes: list[Write] = []
@@ -81,19 +84,6 @@ class Proxy:
         self._ca = ca
         self._random = random.Random(seed)
         self._stale: dict[str, tuple[int, bytes, str]] = {}
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="proxy")
-
-    def __enter__(self) -> Proxy:
-        self._thread.start()
-        assert self._started.wait(10), "the proxy does not start"
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
 
     def kubeconfig(self, path: Path, token: str) -> Path:
         """Writes a kubeconfig that leads through the proxy, as the user of a token."""
@@ -109,29 +99,17 @@ class Proxy:
         path.chmod(0o600)
         return path
 
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    def client(self) -> aiohttp.ClientSession:
         context = ssl.create_default_context(cafile=str(self._ca))
         connector = aiohttp.TCPConnector(ssl=context, limit=0)
         timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, skip_auto_headers=["Accept-Encoding"]
-        ) as self._session:
-            app = web.Application(client_max_size=2**24)
-            app.router.add_route("*", "/{path:.*}", self._handle)
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            self._started.set()
-            await self._stop.wait()
-            await runner.cleanup()
+        return aiohttp.ClientSession(connector=connector, timeout=timeout, skip_auto_headers=["Accept-Encoding"])
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         watch = request.query.get("watch") in ("1", "true")
         self.requests["WATCH" if watch else request.method, request.path] += 1
         if self.faults.away:
-            return _hang_up(request)
+            return hang_up(request)
         if watch:
             return await self._watch(request)
         fault = self._random.choice(("500", "429", "lost")) if self._random.random() < self.faults.refused else ""
@@ -181,14 +159,14 @@ class Proxy:
                 if concerned and self.faults.silent_watches:
                     await self._forever(request)
                 if self.faults.away or (concerned and cut is not None and time.monotonic() - started > cut):
-                    return _hang_up(request)
+                    return hang_up(request)
                 if piece:
                     await response.write(piece)
         return response
 
     def _ask(self, request: web.Request, body: bytes) -> aiohttp.client._RequestContextManager:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP]
-        return self._session.request(request.method, self._upstream + request.path_qs, headers=headers, data=body)
+        return self.session.request(request.method, self._upstream + request.path_qs, headers=headers, data=body)
 
     def _concerned(self, request: web.Request) -> bool:
         return self.faults.only in request.path
@@ -197,12 +175,6 @@ class Proxy:
         """Until the caller gives up, which cancels this."""
         while request.transport and not request.transport.is_closing():
             await asyncio.sleep(0.1)
-
-
-def _hang_up(request: web.Request) -> web.Response:
-    if request.transport:
-        request.transport.abort()
-    return web.Response()
 
 
 def _passed(headers: aiohttp.typedefs.LooseHeaders) -> dict[str, str]:
