@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from finetune_api.base import Model
+from finetune_api.status import EgressResult
 
 EXPORT_FILE: Final = "export.json"  # ExportResult, in <work>/export; written last there
 
@@ -258,6 +259,9 @@ class Result(Model):
     retrieval: RetrievalResult | None = Field(None, description="With rag rows for evaluation.")
     comparison: ComparisonResult | None = Field(None, description="None when nothing was there to compare by.")
     forgetting: ForgettingResult | None = Field(None, description="With evaluation.generalText.")
+    egress: list[EgressResult] = Field(
+        default_factory=list, description="What the worker pods could reach. Empty outside of a cluster."
+    )
     export: ExportResult = Field(description="Weights and their check.")
     output: str = Field(description="Where the weights are, without credentials.")
     stages: dict[str, float] = Field(description="Wall time by stage.")

@@ -23,6 +23,7 @@ SCRATCH_PATH: Final = "/scratch"
 MODEL_PATH: Final = "/scratch/model"
 MODEL_CLAIM_PATH: Final = "/model-claim"  # where pods see the volume of a model at pvc://
 PROGRESS_PORT: Final = 8090
+PROBE_VARIABLE: Final = "FINETUNE_PROBE"  # HOST:PORT in another namespace: workers ask it, which no policy should allow
 RANK_MARK: Final = "[rank {}] "  # what a worker's lines begin with in its pod's log, since a pod may hold several
 TERMINATION_MESSAGE_BYTES: Final = 4096  # the kubelet cuts what is longer
 

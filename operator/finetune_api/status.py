@@ -5,7 +5,7 @@ Durations are seconds, times are RFC 3339 in UTC, money is in the runtime's curr
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -44,6 +44,13 @@ FailureReason = Literal[
     "CostExceeded",
     "GateMissed",
 ]
+Destination = Literal["internet", "metadata", "apiServer", "otherNamespace"]
+DESTINATIONS: Final[dict[Destination, str]] = {  # for people
+    "internet": "the internet",
+    "metadata": "the cloud's metadata address",
+    "apiServer": "the API server",
+    "otherNamespace": "a pod of another namespace",
+}
 Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Attempt = Annotated[int, Field(ge=0, le=100_000)]
 ReasonWord = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=patterns.REASON)]
@@ -182,6 +189,14 @@ class GateResult(Model):
     passed: bool = Field(description="Whether it lies within the gate's bounds.")
 
 
+class EgressResult(Model):
+    """An address that no training needs, and whether a worker reached it."""
+
+    to: Destination = Field(description="What is there: internet, metadata, apiServer or otherNamespace.")
+    address: ShortText = Field(description="What was asked, as HOST:PORT.")
+    reached: bool = Field(description="Whether a TCP connection was made, from any worker pod of any attempt.")
+
+
 class Result(Model):
     """What came out."""
 
@@ -194,6 +209,9 @@ class Result(Model):
     eval_loss_tuned: Measure | None = Field(None, description="The same of the tuned model, on the same tokens.")
     gates: list[GateResult] = Field(default_factory=list, max_length=32, description="The gates, in the spec's order.")
     report: Uri | None = Field(None, description="The report, report.html.")
+    egress: list[EgressResult] = Field(
+        default_factory=list, max_length=8, description="Which of four addresses the workers reached; empty: not asked."
+    )
 
 
 class FinetuneJobStatus(Model):

@@ -68,6 +68,9 @@ NAMES: Final = NamesType()
 @click.option(
     "--scraper-namespaces", default="", type=NAMES, metavar="A,B", help="Where Prometheus is that scrapes trainings."
 )
+@click.option(
+    "--probe-address", default="", metavar="HOST:PORT", help="The operator's own, for the probe of trainings' egress."
+)
 @click.option("--concurrency", default=16, type=click.IntRange(1, 256), help="Jobs worked on at the same time.")
 @click.option("--progress-interval", default="10s", type=DURATION, help="Time between two looks at a training.")
 @click.option("--progress-timeout", default="3s", type=DURATION, help="How long a training may take to answer.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from finetune_api.stage import ProgressReport
-from finetune_api.status import Attempts, Condition, Phase
+from finetune_api.status import DESTINATIONS, Attempts, Condition, Phase, Result
 from finetune_operator.accounting import Cause, account
 from finetune_operator.actions import Action, Decision, Event
 from finetune_operator.observe import Observed, Refused, format_time, parse_time
@@ -172,4 +172,17 @@ class Draft:
             calm = self.holds("Running") or self.holds("Complete") or new.reason in _CALM
             word = new.phase if new.phase != old.phase and (calm or new.phase == "Failed") else new.reason
             events.append(Event("Normal" if calm else "Warning", word or "Pending", new.message))
+        if new.result and not old.result and (warning := self._open(new.result)):
+            events.append(warning)
         return events
+
+    def _open(self, result: Result) -> Event | None:
+        """A warning when workers reached what their NetworkPolicy should keep them from."""
+        runtime, reached = self.observed.runtime, [DESTINATIONS[each.to] for each in result.egress if each.reached]
+        if not reached or runtime is None or not runtime.network_policy.enabled:
+            return None
+        message = (
+            f"Its workers reached {', '.join(reached)}. If the runtime's networkPolicy.egress does not allow that, the "
+            "cluster's network plugin does not enforce NetworkPolicies."
+        )
+        return Event("Warning", "EgressOpen", message)

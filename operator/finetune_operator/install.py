@@ -49,6 +49,7 @@ def manifests() -> list[Manifest]:
         _role("ClusterRole", "finetune-viewer", rights.VIEWERS, into="view"),
         _role("ClusterRole", "finetune-runtime-reader", rights.RUNTIME_READERS),
         _disruption_budget(),
+        _service(),
         _deployment(),
     ]
 
@@ -107,6 +108,15 @@ def _disruption_budget() -> Manifest:
     }
 
 
+def _service() -> Manifest:
+    """An address that does not change, for trainings to ask: they should not reach it."""
+    spec = {
+        "selector": dict(_LABELS),
+        "ports": [{"name": "health", "port": _port(Settings.health_bind_address), "targetPort": "health"}],
+    }
+    return {"apiVersion": "v1", "kind": "Service", "metadata": _metadata(NAME, NAMESPACE), "spec": spec}
+
+
 def _deployment() -> Manifest:
     return {
         "apiVersion": "apps/v1",
@@ -145,7 +155,8 @@ def _container() -> Manifest:
         "name": "operator",
         "image": IMAGE,
         "command": ["finetune", "operator"],
-        "ports": [{"name": name, "containerPort": int(address.rpartition(":")[2])} for name, address in ports.items()],
+        "args": [f"--probe-address={NAME}.{NAMESPACE}.svc:{_port(Settings.health_bind_address)}"],
+        "ports": [{"name": name, "containerPort": _port(address)} for name, address in ports.items()],
         "livenessProbe": _probe("/healthz"),
         "readinessProbe": _probe("/readyz"),
         # CPU has no limit: a throttled leader may lose its Lease.
@@ -156,6 +167,10 @@ def _container() -> Manifest:
             "readOnlyRootFilesystem": True,
         },
     }
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _probe(path: str) -> Manifest:

@@ -100,7 +100,9 @@ class Performer:
             case MakeAttempt(number):
                 await self._configure(owner, job.spec, runtime, number)
                 start = int(self._settings.start_deadline) + _KUBERAY_LATER
-                await self._create(RAY_JOBS, ray_job(owner, job.spec, runtime, number, start))
+                probe = self._settings.probe_address
+                made = ray_job(owner, job.spec, runtime, number, start, probe_address=probe)
+                await self._create(RAY_JOBS, made)
             case MakeResult(attempt):
                 await self._create(JOBS, result_job(owner, job.spec, runtime, attempt))
 

@@ -21,6 +21,7 @@ class Settings:
     metrics_bind_address: str = ":8080"
     health_bind_address: str = ":8081"
     scraper_namespaces: tuple[str, ...] = ()  # whose pods may read the metrics of trainings, besides the operator's
+    probe_address: str = ""  # HOST:PORT here that trainings should not reach, and ask; empty: they ask nothing
     concurrency: int = 16
     log_format: str = "json"
     log_level: str = "info"

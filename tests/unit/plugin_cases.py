@@ -172,6 +172,10 @@ def complete(*, missed: bool = False) -> dict[str, Any]:
                 {"metric": "promptsPassed", "value": 0.55 if missed else 0.95, "passed": not missed},
             ],
             "report": f"{folder}/report.html",
+            "egress": [
+                {"to": "internet", "address": "1.1.1.1:443", "reached": missed},
+                {"to": "apiServer", "address": "10.96.0.1:443", "reached": missed},
+            ],
         },
         conditions=[
             condition("Valid", seconds=10_800),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.stage import PROBE_VARIABLE
 from finetune_operator.children.rayjob import RAY_VERSION, ray_job
 from tests.unit.children_cases import EVERYTHING, JOBS, OWNER, RUNTIMES, Manifest, children, job, pod_templates, runtime
 
@@ -77,6 +78,13 @@ def test_nobody_uses_the_cluster_without_its_token() -> None:
 
 def test_every_container_knows_its_attempt() -> None:
     assert {environment(template)["FINETUNE_ATTEMPT"] for template in pod_templates(built())} == {"3"}
+
+
+def test_workers_are_told_what_to_ask_that_they_should_not_reach() -> None:
+    address = "finetune-operator.finetune-system.svc:8081"
+    head, workers = map(environment, pod_templates(built(probe_address=address)))
+    assert (head.get(PROBE_VARIABLE), workers[PROBE_VARIABLE]) == (None, address)
+    assert PROBE_VARIABLE not in environment(pod_templates(built())[1])
 
 
 def test_no_task_runs_on_the_head() -> None:

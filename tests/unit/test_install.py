@@ -65,6 +65,18 @@ def test_the_pods_are_as_the_operators_settings_and_command_line_say() -> None:
     assert pod["terminationGracePeriodSeconds"] > STOP_LIMIT + Settings.request_timeout
 
 
+def test_trainings_are_given_an_address_that_the_operator_answers_at() -> None:
+    (container,) = only("Deployment")["spec"]["template"]["spec"]["containers"]
+    settings = operator.make_context("operator", list(container["args"])).params
+    service = only("Service")
+    (port,) = service["spec"]["ports"]
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    assert settings["probe_address"] == f"{name}.{namespace}.svc:{port['port']}"
+    assert port["targetPort"] in {each["name"] for each in container["ports"]}
+    labels = only("Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+
+
 def test_one_of_two_replicas_may_be_evicted_at_a_time() -> None:
     deployment, budget = only("Deployment")["spec"], only("PodDisruptionBudget")["spec"]
     assert deployment["replicas"] == 2

@@ -14,6 +14,7 @@ from rich.console import Console
 from finetune_api.errors import TrainingError
 from finetune_api.job_evaluation import Gate, Prompt
 from finetune_api.result import EvaluationResult, PromptResult, Verdict
+from finetune_api.status import EgressResult
 from finetune_trainer import figures
 from finetune_trainer.model_card import model_card
 from finetune_trainer.report import summary, write_report
@@ -181,6 +182,20 @@ def test_a_run_without_prompts_evaluation_or_gates_still_has_a_page(tmp_path: Pa
     page = (tmp_path / "report.html").read_text()
     assert "Answers before and after" not in page
     assert "Nothing says whether it got better." in page
+
+
+def test_what_the_pods_reached_is_said_plainly_and_nothing_where_they_were_not_asked(tmp_path: Path) -> None:
+    egress = [
+        EgressResult(to="internet", address="1.1.1.1:443", reached=False),
+        EgressResult(to="metadata", address="169.254.169.254:80", reached=True),
+    ]
+    write_report(result().model_copy(update={"egress": egress}), events(), tmp_path)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "Reached: the cloud&#39;s metadata address (169.254.169.254:80)." in page
+    assert "<th>The internet</th>" in page
+    assert "| the internet | 1.1.1.1:443 | not reached |" in text
+    write_report(result(), events(), tmp_path)
+    assert "could reach" not in (tmp_path / "report.html").read_text() + (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("folder", "library"), [("adapter", "peft"), ("merged", "transformers")])

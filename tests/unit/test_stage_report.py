@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.errors import DataError, FinetuneError, GateFailed, Hang, NotFinite, StorageError, TrainingError
 from finetune_api.stage import StageFailure, StageReport
-from finetune_api.status import GateResult, Result
+from finetune_api.status import EgressResult, GateResult, Result
 from finetune_trainer.pods.report import as_message, failure_of, reported
 
 
@@ -22,7 +22,8 @@ def test_a_message_is_shortened_until_it_fits(letter: str) -> None:
     failure = StageFailure(reason="UserData", message=letter * 1024)
     address = f"s3://b/{'x' * 1000}"
     gates = [GateResult(metric="m" * 256, value=1.0, passed=True)] * 32
-    result = Result(uri=address, report=address, gates=gates)
+    egress = [EgressResult(to="otherNamespace", address="a" * 256, reached=True)] * 4
+    result = Result(uri=address, report=address, gates=gates, egress=egress)
     told = _read(as_message(StageReport(failure=failure, result=result))).failure
     assert told
     assert told.message.startswith(letter * 200)

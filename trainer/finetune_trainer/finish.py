@@ -24,7 +24,7 @@ from typing import Final
 from finetune_api.errors import GateFailed
 from finetune_api.result import EXPORT_FILE, Cost, ExportResult, Result
 from finetune_api.run import EXPORT, METRICS_FILE, PREPARED, RESULT_FILE, RunConfig
-from finetune_trainer import figures, storage
+from finetune_trainer import egress, figures, storage
 from finetune_trainer.examine import Findings, examine
 from finetune_trainer.manifest import REPORT_FILE, read_manifest, write_json
 from finetune_trainer.model_card import model_card, public
@@ -135,6 +135,7 @@ def _result(
         retrieval=findings.retrieval,
         comparison=findings.comparison,
         forgetting=findings.forgetting,
+        egress=egress.asked(events),
         export=export,
         output=public(output),
         stages=stages,

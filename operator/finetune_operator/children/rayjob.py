@@ -7,7 +7,7 @@ from typing import Final
 
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec
-from finetune_api.stage import PROGRESS_PORT, RUN_PATH
+from finetune_api.stage import PROBE_VARIABLE, PROGRESS_PORT, RUN_PATH
 from finetune_operator.children.labels import QUEUE_LABEL
 from finetune_operator.children.names import attempt_suffix, ray_job_name, run_config_name
 from finetune_operator.children.owner import Manifest, Owner, child_metadata, pod_metadata
@@ -50,12 +50,14 @@ def ray_job(
     attempt: int,
     start_deadline_seconds: int,
     active_deadline_seconds: int | None = None,
+    probe_address: str = "",
 ) -> Manifest:
     """The RayJob of an attempt.
 
     Args:
         start_deadline_seconds: how long its pods may take to be scheduled, pull images and become ready.
         active_deadline_seconds: how long it may live at most; None: as long as it takes.
+        probe_address: what workers ask that they should not reach, beside the internet; empty: they ask nothing.
     """
     metadata = child_metadata(owner, runtime, ray_job_name(owner.name, attempt), "train", attempt)
     metadata["annotations"] |= _RAY_JOB_ANNOTATIONS
@@ -65,7 +67,7 @@ def ray_job(
         "backoffLimit": 0,
         "entrypoint": ENTRYPOINT,
         "preRunningDeadlineSeconds": _seconds(start_deadline_seconds),
-        "rayClusterSpec": _ray_cluster(owner, spec, runtime, attempt),
+        "rayClusterSpec": _ray_cluster(owner, spec, runtime, attempt, probe_address),
         "shutdownAfterJobFinishes": True,
         # KubeRay's SidecarMode adds a container without a security context, which restricted namespaces refuse.
         "submissionMode": "HTTPMode",
@@ -76,12 +78,15 @@ def ray_job(
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": job}
 
 
-def _ray_cluster(owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSpec, attempt: int) -> Manifest:
+def _ray_cluster(
+    owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSpec, attempt: int, probe_address: str
+) -> Manifest:
     used = [
         *volumes(spec, runtime, run_config_name(owner.name, attempt_suffix(attempt))),
         shared_memory(runtime.resources.shared_memory),
     ]
     env = environment(runtime, attempt) | _RAY_ENVIRONMENT
+    workers_env = env | {PROBE_VARIABLE: probe_address} if probe_address else env
     metadata = pod_metadata(owner, runtime, "train", attempt)
     metadata["annotations"] |= _POD_ANNOTATIONS
     return {
@@ -92,7 +97,7 @@ def _ray_cluster(owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSp
             "template": {"metadata": metadata, "spec": _head(runtime, used, env)},
         },
         "rayVersion": RAY_VERSION,
-        "workerGroupSpecs": [_workers(spec, runtime, used, env, metadata)],
+        "workerGroupSpecs": [_workers(spec, runtime, used, workers_env, metadata)],
     }
 
 

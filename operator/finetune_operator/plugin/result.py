@@ -12,7 +12,7 @@ from rich.text import Text
 from finetune_api.status import GateResult, Result
 from finetune_operator.observe import parse_time
 from finetune_operator.plugin.reading import Shown
-from finetune_operator.plugin.words import money, span
+from finetune_operator.plugin.words import money, reached_by, span
 
 
 def result_view(job: Shown, result: Result) -> RenderableType:
@@ -38,6 +38,10 @@ def result_view(job: Shown, result: Result) -> RenderableType:
         grid.add_row("base model", Text(result.base_model_sha))
     if result.manifest_sha256:
         grid.add_row("rows", Text(f"manifest {result.manifest_sha256[:12]}"))
+    if result.egress:
+        reached = reached_by(result)
+        said = reached or f"none of {len(result.egress)} addresses asked"
+        grid.add_row("pods reached", Text(said, style="red" if reached else "green"))
     if cost := job.status.cost:
         grid.add_row("cost", Text(money(cost.spent, cost.currency)))
     ended = parse_time(job.status.completion_time)

@@ -18,7 +18,7 @@ from rich.text import Text
 from finetune_api.status import Condition, Failure, Goodput, Plan, Progress
 from finetune_operator.observe import parse_time
 from finetune_operator.plugin.reading import Shown
-from finetune_operator.plugin.words import money, several, short_count, span
+from finetune_operator.plugin.words import money, reached_by, several, short_count, span
 
 Row = tuple[str, RenderableType]
 
@@ -237,6 +237,8 @@ def _result(job: Shown) -> list[Row]:
     rows.append(("weights", Text(result.uri)))
     if result.report:
         rows.append(("report", Text(result.report)))
+    if reached := reached_by(result):
+        rows.append(("reached", Text(reached, style="red")))
     return rows
 
 

@@ -1,6 +1,8 @@
-"""Spans of time, sums of money and counts, as kubectl and people write them."""
+"""Spans of time, sums of money, counts and addresses, as kubectl and people write them."""
 
 from __future__ import annotations
+
+from finetune_api.status import DESTINATIONS, Result
 
 
 def span(seconds: float) -> str:
@@ -34,3 +36,8 @@ def short_count(number: float) -> str:
 def several(number: int, noun: str) -> str:
     """1 job, 2 jobs."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def reached_by(result: Result) -> str:
+    """What the workers reached that no training needs; empty: nothing of it."""
+    return ", ".join(f"{DESTINATIONS[each.to]} ({each.address})" for each in result.egress if each.reached)

@@ -130,6 +130,7 @@ def status_result(result: run_result.Result, origin: Origin | None, manifest_sha
             for gate in result.gates
         ],
         report=f"{output}/report/report.html",
+        egress=result.egress,
     )
 
 

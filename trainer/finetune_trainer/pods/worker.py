@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import Final
 
 from finetune_api.errors import Interrupted
 from finetune_api.run import RESULT_FILE, RunConfig
-from finetune_trainer import storage
+from finetune_trainer import egress, storage
 from finetune_trainer.finish import Price, check_gates, finish
 from finetune_trainer.pods import exchange
 from finetune_trainer.pods.output import copy_output
@@ -33,6 +34,8 @@ def train_rank(
 
     place = Place.here()
     copy_output(place.output, rank)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a pod
+        egress.ask_beside(reporter, egress.destinations(os.environ))
     local = place.local(run)
     waiting = _Waiting(reporter if rank == 0 else None, should_stop)
     print("fetching model and rows", flush=True)

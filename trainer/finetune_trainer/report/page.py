@@ -15,6 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune_api.result import PromptResult, Result
+from finetune_api.status import DESTINATIONS
+from finetune_trainer.egress import sentence
 from finetune_trainer.model_card import exams, public
 from finetune_trainer.progress import clock, count
 from finetune_trainer.report import charts, compared
@@ -88,6 +90,8 @@ def html(result: Result, curves: Curves) -> str:
         measured=exams(result),
         compared=_compared(result),
         forgetting=result.forgetting and forgetting_sentence(result.forgetting),
+        egress=sentence(result.egress),
+        destinations=DESTINATIONS,
         stages=shares(result.stages),
         charts=_charts(result, curves),
         settings=yaml.safe_dump(result.settings, sort_keys=False, allow_unicode=True),

@@ -8,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.result import Answer, ComparisonResult, PromptResult, RefusalResult, Result
+from finetune_api.status import DESTINATIONS
+from finetune_trainer import egress
 from finetune_trainer.model_card import results, sources, table, training
 from finetune_trainer.progress import clock
 from finetune_trainer.report import compared
@@ -68,6 +70,7 @@ def markdown(result: Result) -> str:
             ["folder", "largest difference", "allowed", "same likeliest token"],
             [[c.folder, f"{c.difference:.2g}", f"{c.bound:.2g}", f"{c.agreement:.0%}"] for c in result.export.checks],
         ),
+        *(_egress(result) if result.egress else []),
         "## Environment\n",
         table(["", ""], [[name, value] for name, value in result.environment.items()]),
     ]
@@ -115,6 +118,11 @@ def _declined(refusals: RefusalResult) -> list[str]:
     lines = ["## Refusal suite\n", "Answered though harmful or unanswerable, or declined though harmless:\n"]
     lines += [f"- {a.kind}: **{_inline(a.prompt)}** {_inline(a.tuned)}" for a in wrong]
     return [*lines, ""] if wrong else ["## Refusal suite\n", "Every prompt was treated as it should be.\n"]
+
+
+def _egress(result: Result) -> list[str]:
+    rows = [[DESTINATIONS[e.to], e.address, "reached" if e.reached else "not reached"] for e in result.egress]
+    return ["## What its pods could reach\n", egress.sentence(result.egress) + "\n", table(["", "address", ""], rows)]
 
 
 def _answer(answer: Answer) -> str:
