@@ -17,6 +17,9 @@ SHARED: Final = Path("/dev/shm")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # What torch's CPU allocator, C++ and the kernel say; no type of its own stands for it.
 _NO_MEMORY: Final = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "unable to mmap")
+MORE_MEMORY: Final = (
+    "lower training.microBatch or data.sequenceLength, turn deepspeed.offload off, or use workers with more memory"
+)
 
 
 @contextmanager
@@ -58,8 +61,7 @@ def _name(error: Exception, work: Path) -> FinetuneError | None:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return HostMemoryFull(
             f"the machine's memory is full; this process used up to {used:,} bytes",
-            hint="lower training.microBatch or data.sequenceLength, turn deepspeed.offload off, or use workers with "
-            "more memory",
+            hint=MORE_MEMORY,
         )
     return None
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -23,9 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FinetuneError, Hang, TrainingError
+from finetune_api.errors import FinetuneError, Hang, HostMemoryFull, TrainingError
 from finetune_api.run import ERROR_LOG, RunConfig
 from finetune_trainer import elastic
+from finetune_trainer.faults import MORE_MEMORY
 from finetune_trainer.pulse import watched
 from finetune_trainer.reporter import Event, Progress, Reporter
 from finetune_trainer.watch import Beat, Order, Verdict, Watch, collective_timeout, hang_limit
@@ -42,6 +44,7 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -284,6 +287,10 @@ def _fit(trainer: Any, log: Path) -> FinetuneError | None:
         trainer.fit()
     except TrainingFailedError as error:
         failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
+        for failure in (*failures, error):
+            if full := killed_for_memory(failure):  # the others only lost a peer
+                log.write_text(str(error))
+                return full
         for failure in failures:
             if isinstance(failure, FinetuneError):
                 return failure
@@ -300,6 +307,17 @@ def _fit(trainer: Any, log: Path) -> FinetuneError | None:
         log.write_text(traceback.format_exc())
         return _unexpected(error, log)
     return None
+
+
+def killed_for_memory(error: BaseException) -> HostMemoryFull | None:
+    """What is meant when Ray's memory monitor ended a process, as a task, an actor or a worker of Ray Train."""
+    wrapped = (getattr(error, name, None) for name in ("health_check_failure", "controller_failure"))
+    words = next((str(each) for each in (error, *wrapped) if isinstance(each, OutOfMemoryError)), None)
+    if words is None:
+        return None
+    figures = re.search(r"([\d.]+ ?[KMGT]?B) used / ([\d.]+ ?[KMGT]?B) limit", words)
+    said = f": {figures[1]} of {figures[2]} were used" if figures else ""
+    return HostMemoryFull(f"Ray ended a process because the memory of its node or pod was full{said}", hint=MORE_MEMORY)
 
 
 def _unexpected(error: BaseException, log: Path) -> TrainingError:

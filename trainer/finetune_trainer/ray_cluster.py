@@ -17,7 +17,7 @@ from finetune_api.run import RunConfig
 from finetune_api.stage import StageFailure
 from finetune_api.status import Result
 from finetune_trainer.pods.head import Head
-from finetune_trainer.ray_adapter import RayReporter, beside_driver, followed
+from finetune_trainer.ray_adapter import RayReporter, beside_driver, followed, killed_for_memory
 from finetune_trainer.reporter import Event, Progress, Reporter
 
 # Work on one node: the run, where events go, and what says that it is asked to stop.
@@ -133,7 +133,7 @@ def _outcome(reference: Any) -> FinetuneError | None:
         kind = type(error.cause).__name__
         return TrainingError(f"the finish failed with {kind}", hint="the log of the pod has its traceback")
     except RayError as error:
-        return TrainingError(
+        return killed_for_memory(error) or TrainingError(
             f"the process or node that held the weights died ({type(error).__name__})",
             hint="another attempt goes on from the last checkpoint",
         )
