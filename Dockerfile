@@ -31,13 +31,20 @@ COPY scripts scripts
 RUN --mount=type=cache,target=/root/.cache/uv \
     PATH=/opt/uv/bin:$PATH ACCELERATOR=${ACCELERATOR} python3 scripts/setup.py --extra image
 
+# Lists what an image holds; it is in none itself.
+FROM build AS sbom
+RUN --mount=type=cache,target=/root/.cache/uv \
+    UV_PROJECT_ENVIRONMENT=/opt/sbom /opt/uv/bin/uv sync --quiet --locked --no-install-project --only-group sbom
+
 # The operator holds no torch, no Ray and no compiler.
 FROM ${BASE} AS operator
 COPY --from=operator-packages /opt/finetune /opt/finetune
 COPY --from=wheel /dist /dist
-RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl
 ENV PATH=/opt/finetune/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
+    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/finetune/sbom.cdx.json /opt/finetune
 USER 65532:65532
 ENTRYPOINT ["finetune"]
 CMD ["operator"]
@@ -45,8 +52,10 @@ CMD ["operator"]
 FROM ${BASE} AS trainer
 COPY --from=trainer-packages /opt/finetune /opt/finetune
 COPY --from=wheel /dist /dist
-RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl
 ENV PATH=/opt/finetune/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
+    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/finetune/sbom.cdx.json /opt/finetune
 USER 65532:65532
 CMD ["finetune"]
