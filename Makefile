@@ -42,6 +42,24 @@ e2e: setup-cluster ## Run the tests on a real cluster of two nodes on this machi
 cluster: setup-cluster ## Start such a cluster with the service in it, and a shell to use it
 	$(LAB) $(BIN)/python -m tests.cluster.shell
 
+# Never run: docs/contributing.md says what was checked, and which tests can use it.
+KIND := --kubeconfig=.cache/kind.kubeconfig
+KUBERAY_VERSION = $(shell sed -n 's/.*ray-operator v\([0-9.]*\).*/\1/p' tests/tools/kuberay/go.mod)
+
+.PHONY: kind
+kind: ## Start a kind cluster with the service in it (Docker, kind and Helm on the PATH)
+	mkdir -p .cache
+	kind get clusters | grep -qx finetune || kind create cluster --config=tests/kind.yaml --wait=5m $(KIND)
+	kind export kubeconfig --name=finetune $(KIND)
+	docker build --target=operator --tag=localhost/finetune-operator:kind .
+	docker build --target=trainer --tag=localhost/finetune-trainer:kind --build-arg=ACCELERATOR=cpu .
+	kind load docker-image --name=finetune localhost/finetune-operator:kind localhost/finetune-trainer:kind
+	helm upgrade --install kuberay-operator kuberay-operator --repo=https://ray-project.github.io/kuberay-helm/ \
+		--version=$(KUBERAY_VERSION) --namespace=ray-system --create-namespace --wait $(KIND)
+	helm upgrade --install finetune $(CHART) --namespace=finetune-system --create-namespace --wait $(KIND) \
+		--set=image.registry=localhost,image.repository=finetune-operator,image.trainerRepository=finetune-trainer \
+		--set=image.tag=kind,image.pullPolicy=Never
+
 .PHONY: setup-cluster
 setup-cluster: tools
 	@$(PYTHON) scripts/setup.py --cluster
