@@ -15,6 +15,7 @@ from finetune_trainer import storage
 from finetune_trainer.pipeline import open_run
 from finetune_trainer.prepare import prepare
 from finetune_trainer.prepare.cluster.exchange import Exchange
+from tests.faulty import FaultyStore
 from tests.s3 import S3Server, s3_server
 from tests.tiny import tiny_llama
 from tests.trainer.jobs import Prepared, chats, jsonl, run_config
@@ -54,6 +55,24 @@ def test_rows_in_a_bucket_give_the_shards_of_local_rows(tmp_path: Path, model: P
     assert {name: remote.files()[name] for name in shards} == shards
     assert remote.manifest.key == local.manifest.key
     assert [source.uri for source in remote.manifest.sources] == ["s3://data/rows/a.jsonl", "s3://data/rows/b.jsonl.gz"]
+
+
+def test_rows_that_break_off_are_read_on_where_they_were(
+    tmp_path: Path, model: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = jsonl(chats(4_000))
+    (server.root / "data" / "broken.jsonl").write_bytes(rows)
+    table = b"text\n" + b"A row of words.\n" * 20 + b"Last\n"
+    (server.root / "data" / "broken.csv.gz").write_bytes(gzip.compress(table))
+    data = {"train": [{"uri": "s3://data/broken.jsonl"}, {"uri": "s3://data/broken.csv.gz"}]}
+    whole = Prepared(run_config(tmp_path, model, data))
+    with FaultyStore(server.endpoint) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        store.faults.cut_answers, store.faults.cut_after = 9, 1 << 10
+        store.faults.unavailable = 8  # more than pyarrow itself tries
+        broken = Prepared(run_config(tmp_path, model, data, work="other"))
+        assert (store.faults.cut_answers, store.faults.unavailable) == (0, 0)
+    assert broken.files() == whole.files()
 
 
 def test_machines_may_exchange_through_a_bucket(

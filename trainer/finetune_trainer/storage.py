@@ -5,6 +5,7 @@ Credentials come from the environment or the pod's identity, never from a URI; s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,10 @@ class Location:
     def local(self) -> Path | None:
         """Its path on this machine's disk; None in a bucket."""
         return Path(self.path) if isinstance(self.fs, pafs.LocalFileSystem) else None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another machine opens the bucket with its own keys: an open file system would carry these along.
+        return (Location, (self.fs, self.path, self.uri)) if self.local else (_reopened, (self.uri, self.path))
 
     def inside(self, name: str) -> Location:
         """What lies below it under this name."""
@@ -244,6 +249,28 @@ def _put(source: Path, target: Location, pace: Callable[[int], None]) -> None:
         raise
 
 
+def remove_folder(location: Location) -> None:
+    """Removes a folder with all that is in it, if it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with explained(location.uri):
+        if _info(location).type != pafs.FileType.NotFound:
+            persistently(lambda: location.fs.delete_dir(location.path))
+
+
+def remove_file(location: Location) -> None:
+    """Removes a file, if it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with explained(location.uri):
+        if _info(location).type == pafs.FileType.File:
+            persistently(lambda: location.fs.delete_file(location.path))
+
+
 def publish(folder: Path, target: Location, *, last: str) -> None:
     """Copies the tree `folder` to `target` so that a reader never takes half of it for the whole.
 
@@ -258,9 +285,7 @@ def publish(folder: Path, target: Location, *, last: str) -> None:
         if local is not None:
             _publish_on_disk(folder, local)
             return
-        marker = f"{target.path}/{last}"
-        if _info(replace(target, path=marker)).type == pafs.FileType.File:
-            persistently(lambda: target.fs.delete_file(marker))
+        remove_file(target.inside(last))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / last)
         for path in [*files, folder / last]:
             upload(path, target.inside(path.relative_to(folder).as_posix()))
@@ -294,6 +319,17 @@ def _hint(said: str) -> str:
     }
     otherwise = "check the bucket, the credentials and AWS_ENDPOINT_URL" if "AWS Error" in said else ""
     return next((hint for word, hint in known.items() if word in said), otherwise)
+
+
+@functools.lru_cache(maxsize=64)
+def _store(scheme: str, netloc: str) -> pafs.FileSystem:
+    return open_store(scheme, netloc, "")[0]
+
+
+def _reopened(uri: str, path: str) -> Location:
+    """A location in a bucket, as it arrives in another process."""
+    parts = urlsplit(uri)
+    return Location(_store(parts.scheme, parts.netloc), path, uri)
 
 
 def _info(location: Location) -> pafs.FileInfo:

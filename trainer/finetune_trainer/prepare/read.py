@@ -19,6 +19,7 @@ from finetune_api.errors import DataError
 from finetune_trainer.prepare.code import language_of
 from finetune_trainer.prepare.rows import COLUMNS
 from finetune_trainer.prepare.sources import LARGEST_ROW, TREE, SourceFile
+from finetune_trainer.reading import Reading
 from finetune_trainer.storage import explained
 
 CHUNK_BYTES: Final = 1 << 20
@@ -74,8 +75,8 @@ def chunks(file: SourceFile, piece: Piece = WHOLE) -> Iterator[Chunk]:
         with explained(file.uri), location.fs.open_input_file(location.path) as opened:
             yield from _parquet(file, opened, piece)
         return
-    with explained(file.uri), _opened(file, piece) as raw:
-        counted = _Counted(raw, piece)
+    with explained(file.uri), Reading(location, piece.start) as reading:
+        counted = _Counted(reading, piece)
         stream = pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec) if file.codec else counted
         blocks = _blocks(file, stream, piece.first)
         if file.kind == ".csv":
@@ -87,29 +88,22 @@ def chunks(file: SourceFile, piece: Piece = WHOLE) -> Iterator[Chunk]:
             line += block.count(b"\n")
 
 
-def _opened(file: SourceFile, piece: Piece) -> pa.NativeFile:
-    location = file.stored.location
-    if not piece.start:
-        return location.fs.open_input_stream(location.path, compression=None)
-    opened = location.fs.open_input_file(location.path)
-    opened.seek(piece.start)
-    return opened
-
-
 class _Counted:
-    """A stream that counts what was read of it, and ends where the piece ends; Arrow's own can do neither."""
+    """A stream that ends where the piece ends."""
 
     closed = False
 
-    def __init__(self, stream: pa.NativeFile, piece: Piece) -> None:
-        self._stream = stream
+    def __init__(self, reading: Reading, piece: Piece) -> None:
+        self._reading = reading
         self._stop = sys.maxsize if piece.stop is None else piece.stop
-        self.read_bytes = piece.start
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the file up to here."""
+        return self._reading.position
 
     def read(self, size: int) -> bytes:
-        data: bytes = self._stream.read(min(size, self._stop - self.read_bytes))
-        self.read_bytes += len(data)
-        return data
+        return self._reading.read(min(size, self._stop - self._reading.position))
 
 
 def _blocks(file: SourceFile, stream: _Counted | pa.CompressedInputStream, line: int) -> Iterator[bytes]:
@@ -209,8 +203,8 @@ def _tree(file: SourceFile, piece: Piece) -> Iterator[Chunk]:
     read = sum(member.size for member in file.members[: piece.start])
     for number, member in enumerate(file.members[piece.start : piece.stop], piece.start + 1):
         location = member.location
-        with explained(location.uri), location.fs.open_input_stream(location.path, compression=None) as stream:
-            data = stream.read()
+        with explained(location.uri), Reading(location) as reading:
+            data = reading.read(member.size + 1)  # a byte more: `check_unchanged` tells of a file that has grown
         read += len(data)
         try:
             text = data.decode("utf-8-sig")

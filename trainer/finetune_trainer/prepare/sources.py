@@ -15,6 +15,7 @@ from finetune_api.run import RunConfig
 from finetune_trainer import storage
 from finetune_trainer.manifest import VERSION, Split
 from finetune_trainer.prepare.code import language_of, wanted_language
+from finetune_trainer.reading import Reading
 
 KINDS: Final = (".jsonl", ".parquet", ".csv")
 CODECS: Final = {".gz": "gzip", ".zst": "zstd"}
@@ -114,7 +115,7 @@ def fingerprint(file: SourceFile, done: Callable[[int], None], look: Callable[[b
             digest.update(f"{file.name(stored)} {stored.size}\n".encode())
         total = 0
         location = stored.location
-        with storage.explained(location.uri), location.fs.open_input_stream(location.path, compression=None) as stream:
+        with storage.explained(location.uri), Reading(location) as stream:
             while block := stream.read(_HASH_BYTES):
                 digest.update(block)
                 total += len(block)

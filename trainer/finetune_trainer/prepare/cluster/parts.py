@@ -232,8 +232,7 @@ def write_shard(shard: Shard, exchange: Exchange, target: Exchange) -> tuple[Spl
             )
         facts = writer.close()
         only: ShardFacts = facts.shards[0]
-        with (Path(folder) / only.file).open("rb") as file:
-            target.write(only.file, (memoryview(block) for block in iter(lambda: file.read(1 << 22), b"")))
+        target.put(Path(folder) / only.file)
     return facts, writer.targets
 
 
