@@ -14,6 +14,7 @@
     │   └── Preempted        exit 6   a node is taken away; a checkpoint was written
     ├── ExportError          exit 7   the written weights do not load or do not give the same logits
     ├── GateFailed           exit 8   the run finished and an evaluation gate was missed
+    ├── TooManyRows          exit 9   more rows than one pod prepares; the operator gives it a Ray cluster
     └── Interrupted          exit 130 Ctrl-C or SIGTERM; a checkpoint was written, the same command goes on
 
 Users see ``where: what`` and a line that says what to do, never a traceback.
@@ -109,6 +110,10 @@ class ExportError(FinetuneError):
 
 class GateFailed(FinetuneError):
     exit_code = 8
+
+
+class TooManyRows(FinetuneError):
+    exit_code = 9
 
 
 class Interrupted(FinetuneError):

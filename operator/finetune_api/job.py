@@ -155,8 +155,10 @@ class Prepare(Model):
         None,
         ge=1,
         le=1024,
-        description="1: processes, one for each core. More: Ray Data over all cores of the machine, at least so many, "
-        "or over the cluster that RAY_ADDRESS names, which has to see the work folder. Default 1.",
+        description="In a cluster: pods, each with the runtime's resources.prepareCpus; with more than one they form "
+        "a Ray cluster of their own. Absent: one, or for more rows than the runtime's resources.prepareBytes one for "
+        "each so many. On one machine: 1 (the default) is a process for each core; more is Ray Data over all cores, "
+        "at least so many, or over the cluster that RAY_ADDRESS names, which has to see the work folder.",
     )
 
 

@@ -43,3 +43,6 @@ class RunConfig(Model):
     model_path: str = Field(description="Local folder with the base model, resolved from spec.model.source.")
     work: Uri = Field(description="Work folder of this run (local path here; object storage in a cluster).")
     device: Device | None = Field(None, description="The workers' GPU. Absent on CPUs and where it is not known.")
+    prepare_bytes: Count | None = Field(
+        None, description="More rows than this, in bytes, are not prepared but asked more workers for. Absent: never."
+    )

@@ -63,7 +63,12 @@ class Resources(Model):
     memory_per_cpu: MemorySize = Field("4Gi", description="Memory that a pod asks for, for each CPU core.")
     shared_memory: MemorySize = Field("8Gi", description="Size of /dev/shm in a worker; part of its memory.")
     scratch: MemorySize = Field("100Gi", description="Local disk of a pod for model, shards and checkpoints.")
-    prepare_cpus: float = Field(4, gt=0, le=256, description="CPU cores of the pod that prepares data.")
+    prepare_cpus: float = Field(4, gt=0, le=256, description="CPU cores of each pod that prepares data.")
+    prepare_bytes: MemorySize = Field(
+        "32Gi",
+        description="Most bytes of rows that one pod prepares when a job leaves data.prepare.workers open; compressed "
+        "files and Parquet count four times. One pod needs nearly three times as much of `scratch`.",
+    )
 
 
 class Toleration(Model):

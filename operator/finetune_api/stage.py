@@ -24,6 +24,7 @@ MODEL_PATH: Final = "/scratch/model"
 MODEL_CLAIM_PATH: Final = "/model-claim"  # where pods see the volume of a model at pvc://
 PROGRESS_PORT: Final = 8090
 PROBE_VARIABLE: Final = "FINETUNE_PROBE"  # HOST:PORT in another namespace: workers ask it, which no policy should allow
+RAY_TOKEN_PATH: Final = "/etc/finetune/ray/auth_token"  # where the pod that prepares finds its Ray cluster's token
 RANK_MARK: Final = "[rank {}] "  # what a worker's lines begin with in its pod's log, since a pod may hold several
 TERMINATION_MESSAGE_BYTES: Final = 4096  # the kubelet cuts what is longer
 
@@ -44,6 +45,9 @@ class StageReport(Model):
     plan: Plan | None = Field(None, description="Of prepare: what the run will need.")
     base_model_sha: ShortText | None = Field(None, description="Of prepare: resolved commit of the base model.")
     manifest_sha256: Sha256 | None = Field(None, description="Of prepare: SHA-256 of the manifest.")
+    workers: Annotated[int, Field(ge=2, le=1024)] | None = Field(
+        None, description="Of prepare, which has then done nothing else: the rows are for so many workers."
+    )
     result: Result | None = Field(None, description="Of result: what came out.")
 
 

@@ -162,7 +162,12 @@ class Attempts(Model):
 
     uid: ShortText | None = Field(None, description="UID of the current attempt's RayJob, once it was seen.")
     ended: Attempt = Field(0, description="The newest attempt that has ended; nothing of it may run any more.")
-    counted_uid: ShortText | None = Field(None, description="UID of the prepare Job whose failure is counted.")
+    counted_uid: ShortText | None = Field(
+        None, description="UID of the prepare Job, or of its Ray cluster, that has done what it can, and is counted."
+    )
+    prepare_workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Workers that prepare asked for, where the job leaves their number open."
+    )
     retries: Count = Field(0, description="Used of limits.retries.")
     preemptions: Count = Field(0, description="Used of limits.preemptions.")
     next_time: Timestamp | None = Field(None, description="The next attempt does not start before.")

@@ -10,7 +10,16 @@ from finetune_api.status import FinetuneJobStatus
 
 @dataclass(frozen=True)
 class MakePrepare:
-    """Makes the Job that prepares the rows."""
+    """Makes the Job that prepares the rows. `workers`: None while nobody has said how many."""
+
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class MakePrepareCluster:
+    """Makes the Ray cluster that the prepare Job's pod works with."""
+
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class MakeResult:
 class Delete:
     """Deletes a child; its own children go with it."""
 
-    kind: Literal["Job", "RayJob"]
+    kind: Literal["Job", "RayCluster", "RayJob"]
     name: str
     uid: str
 
@@ -51,7 +60,7 @@ class DeleteSelf:
     """Deletes the FinetuneJob: its time after the end is over."""
 
 
-Action = MakePrepare | MakeAttempt | MakeResult | Delete | ForceDelete | DeleteSelf
+Action = MakePrepare | MakePrepareCluster | MakeAttempt | MakeResult | Delete | ForceDelete | DeleteSelf
 
 
 @dataclass(frozen=True)

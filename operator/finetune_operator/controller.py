@@ -10,11 +10,13 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from finetune_operator.children.labels import STAGE_LABEL
 from finetune_operator.client import (
     FINETUNE_JOBS,
     FINETUNE_RUNTIMES,
     JOBS,
     PODS,
+    RAY_CLUSTERS,
     RAY_JOBS,
     ApiError,
     Client,
@@ -38,7 +40,9 @@ OUTAGE_LIMIT: Final = 600.0
 STUCK_LIMIT: Final = 120.0
 OUTAGE_DELAY: Final = 8.0  # between two tries while the API server is in trouble, so that its return is soon noticed
 
-CHILDREN: Final = (RAY_JOBS, JOBS, PODS)
+CHILDREN: Final = (RAY_JOBS, RAY_CLUSTERS, JOBS, PODS)
+# KubeRay gives the RayCluster of an attempt the labels of its RayJob, which says all of it that is wanted.
+_PREPARE_CLUSTERS: Final = f"{JOB_LABEL},{STAGE_LABEL}=prepare"
 
 _log = structlog.get_logger(__name__)
 
@@ -63,6 +67,7 @@ class Stores:
     jobs: Store[JobSummary]
     runtimes: Store[None]
     ray_jobs: Store[None]
+    ray_clusters: Store[None]
     kube_jobs: Store[None]
     pods: Store[None]
 
@@ -94,6 +99,7 @@ class Controller:
             Store(trim_job, summarize, self._on_summary),
             Store(trim_metadata),
             Store(trim_ray_job),
+            Store(trim_ray_cluster),
             Store(trim_kube_job),
             Store(trim_pod),
         )
@@ -179,8 +185,10 @@ class Controller:
             (FINETUNE_JOBS, stores.jobs, self._enqueue, None),
             (FINETUNE_RUNTIMES, stores.runtimes, self._runtime_changed, None),
         ]
-        for resource, store in zip(CHILDREN, (stores.ray_jobs, stores.kube_jobs, stores.pods), strict=True):
-            wanted.append((resource, store, self._child_changed(store), JOB_LABEL))
+        children = (stores.ray_jobs, stores.ray_clusters, stores.kube_jobs, stores.pods)
+        for resource, store in zip(CHILDREN, children, strict=True):
+            selector = _PREPARE_CLUSTERS if resource is RAY_CLUSTERS else JOB_LABEL
+            wanted.append((resource, store, self._child_changed(store), selector))
         return [
             Reflector(client, resource, store, on_change, label_selector=selector, namespace=namespace)
             for resource, store, on_change, selector in wanted
@@ -295,6 +303,13 @@ def trim_ray_job(ray_job: Object) -> Object:
     """Of the spec only whether it is suspended: the rest is ours, and large."""
     spec = ray_job.get("spec") or {}
     return trim_metadata(ray_job) | {"spec": {"suspend": spec.get("suspend", False)}}
+
+
+def trim_ray_cluster(cluster: Object) -> Object:
+    """Of the spec only whether it is suspended; of the status what does not change each second."""
+    spec, status = cluster.get("spec") or {}, cluster.get("status") or {}
+    kept = {name: status[name] for name in ("state", "reason", "conditions") if name in status}
+    return trim_metadata(cluster) | {"spec": {"suspend": spec.get("suspend", False)}, "status": kept}
 
 
 def trim_kube_job(job: Object) -> Object:

@@ -6,7 +6,7 @@ Pure: no clock, no client, no randomness. Read from `decide` downwards:
     unreadable       waits, with the fields' paths, until it is changed
     over a limit     deadline or cost: released, Failed
     suspended        released; goes on as a new attempt
-    not prepared     the prepare Job
+    not prepared     the prepare Job, for many rows after the Ray cluster that it works with
     prepared         one RayJob after the other, until one succeeds or a budget is used up
     succeeded        the result is read and recorded, and only then the attempt is released
 
@@ -20,16 +20,17 @@ from typing import Final
 
 from finetune_api.base import format_duration, parse_duration
 from finetune_api.job import FinetuneJobSpec
-from finetune_api.status import Phase, Plan
-from finetune_operator.actions import Action, Decision, Delete, DeleteSelf, MakeAttempt, MakePrepare
-from finetune_operator.children.names import prepare_name, ray_job_name
+from finetune_operator.actions import Decision, DeleteSelf, MakeAttempt
+from finetune_operator.children.names import ray_job_name
 from finetune_operator.draft import Draft, Timing
 from finetune_operator.endings import end_failed, fail, kept, last_failure
-from finetune_operator.failures import Diagnosis, Evidence, classify
-from finetune_operator.follow import follow, hear, starting
-from finetune_operator.observe import BatchJob, Observed, RayJob, format_time, parse_time, stage_report
+from finetune_operator.failures import Diagnosis
+from finetune_operator.follow import follow, hear
+from finetune_operator.observe import Observed, format_time, parse_time
+from finetune_operator.preparing import prepare, prepared
 from finetune_operator.release import release
 from finetune_operator.runtimes import active_deadline, max_cost
+from finetune_operator.starts import start
 from finetune_operator.wording import sentence
 
 BLOCKED_SECONDS: Final = 30.0  # until a runtime that refused is asked again: labels of namespaces are not watched
@@ -57,8 +58,8 @@ def decide(observed: Observed, now: float, timing: Timing) -> Decision:
             pass
         elif spec.suspend:
             _suspend(draft)
-        elif not _prepared(draft):
-            _prepare(draft, spec)
+        elif not prepared(draft):
+            prepare(draft, spec)
         else:
             _train(draft, spec)
     release(draft)
@@ -117,49 +118,6 @@ def _suspend(draft: Draft) -> None:
         draft.say("Suspended", "Suspended", f"Nothing runs. {kept(draft)} Set spec.suspend to false to go on.")
 
 
-def _prepared(draft: Draft) -> bool:
-    if draft.holds("Prepared"):
-        return True
-    job = draft.observed.prepare
-    if job is None or job.foreign or not job.complete:
-        return False
-    report = stage_report(draft.observed.pods_of("prepare"))
-    if report and report.plan:
-        draft.set(plan=report.plan)
-    draft.condition("Prepared", "True", "Prepared", _prepared_sentence(report.plan if report else None))
-    return True
-
-
-def _prepare(draft: Draft, spec: FinetuneJobSpec) -> None:
-    job, pods = draft.observed.prepare, draft.observed.pods_of("prepare")
-    name = prepare_name(draft.observed.job.name)
-    if job is None or job.foreign:
-        _start(draft, name, MakePrepare(), job)
-    elif job.uid == draft.book.counted_uid:
-        draft.say("Preparing", "Retrying", last_failure(draft))
-        if job.deleting is None:
-            draft.act(Delete("Job", job.name, job.uid))
-    elif job.deleting is not None:
-        draft.say("Preparing", "Restarting", "The prepare Job was deleted; another one follows.")
-    elif job.failed:
-        evidence = Evidence(
-            stage="prepare",
-            pods=pods,
-            batch_job=job,
-            stage_report=stage_report(pods),
-            troubles=draft.observed.troubles,
-            lost_nodes=draft.observed.lost_nodes,
-            spec=spec,
-        )
-        draft.condition("Prepared", "False", "Failed")
-        draft.note(counted_uid=job.uid)
-        fail(draft, 0, classify(evidence))
-    elif any(pod.phase in ("Running", "Succeeded") for pod in pods):  # the Job says a moment later that it is complete
-        draft.say("Preparing", "Preparing", "Checks the rows and turns them into token sequences.", running=True)
-    else:
-        starting(draft, "Preparing", 0, job.created, pods)
-
-
 def _train(draft: Draft, spec: FinetuneJobSpec) -> None:
     number = draft.live
     if number is None:
@@ -168,7 +126,7 @@ def _train(draft: Draft, spec: FinetuneJobSpec) -> None:
     ray_job = draft.observed.attempts.get(number)
     if ray_job is None or ray_job.foreign:
         if draft.book.uid is None:
-            _start(draft, ray_job_name(draft.observed.job.name, number), MakeAttempt(number), ray_job)
+            start(draft, ray_job_name(draft.observed.job.name, number), MakeAttempt(number), ray_job)
         else:
             fail(draft, number, Diagnosis("Unknown", f"RayJob of attempt {number} was deleted by somebody else."))
         return
@@ -179,13 +137,6 @@ def _train(draft: Draft, spec: FinetuneJobSpec) -> None:
         return
     hear(draft)
     follow(draft, spec, ray_job)
-
-
-def _prepared_sentence(plan: Plan | None) -> str:
-    if plan is None or plan.sequences is None:
-        return "The rows are checked and tokenised."
-    tokens = f" with {plan.tokens:,} tokens" if plan.tokens is not None else ""
-    return f"The rows are checked and tokenised: {plan.sequences:,} sequences{tokens}."
 
 
 def _next_attempt(draft: Draft) -> None:
@@ -204,25 +155,4 @@ def _next_attempt(draft: Draft) -> None:
         return
     draft.set(attempt=number)
     draft.note(uid=None)
-    _start(draft, ray_job_name(draft.observed.job.name, number), MakeAttempt(number), None)
-
-
-def _start(draft: Draft, name: str, action: Action, there: BatchJob | RayJob | None) -> None:
-    """Makes a child, unless something is in the way."""
-    block, due = draft.observed.blocked, parse_time(draft.book.next_time) or 0.0
-    refused = draft.observed.refused.get(name)
-    phase: Phase = "Preparing" if isinstance(action, MakePrepare) else "Queued"
-    if block:
-        draft.say("Pending", block.reason, block.message)
-    elif there is not None:  # foreign
-        draft.say("Pending", "NameTaken", f"{name} is there already and belongs to something else; delete it.")
-        draft.wake(draft.timing.progress)
-    elif draft.now < due:
-        draft.say(phase, "Retrying", f"The next try is at {format_time(due)}. {last_failure(draft)}".strip())
-        draft.wake(due - draft.now)
-    elif refused:
-        draft.say("Pending", refused.block.reason, refused.block.message)
-        draft.try_again(refused, action)
-    else:
-        draft.say(phase, "Starting", f"Starts {name}.")
-        draft.act(action)
+    start(draft, ray_job_name(draft.observed.job.name, number), MakeAttempt(number), None)

@@ -99,6 +99,11 @@ class Evidence:
     lost_nodes: frozenset[str] = frozenset()
     plan: Plan | None = None
 
+    @property
+    def own(self) -> list[Pod]:
+        """Pods that run a command of ours; exit codes of Ray's mean something else."""
+        return [pod for pod in self.pods if pod.role == "other"]
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -223,8 +228,7 @@ def _never_ran(evidence: Evidence) -> Diagnosis | None:
 
 def _said(evidence: Evidence) -> Diagnosis | None:
     """The trainer's word, where no pod explains it better."""
-    words = _told(evidence)
-    if words is None:
+    if (words := _told(evidence)) is None:
         return None
     known = recognise(words.message) if words.reason == "Unknown" else None
     return _tell(evidence, words.model_copy(update={"reason": known}) if known else words)
@@ -237,7 +241,7 @@ def _ended(evidence: Evidence) -> Diagnosis | None:
         head = next((pod for pod in evidence.pods if pod.role == "head"), None)
         subject = f"The driver on node {head.node}" if head and head.node else "The driver"
         return _exit(evidence, subject, code, evidence.ray_job.message, head, ours=True)
-    ends = [(pod, stop) for pod, stop in _stops(evidence.pods) if pod.deleting is None]
+    ends = [(pod, stop) for pod, stop in _stops(evidence.own) if pod.deleting is None]
     if evidence.stage == "train" or not ends:
         return None
     pod, stop = ends[-1]
@@ -285,8 +289,8 @@ def _closing_words(evidence: Evidence) -> Diagnosis | None:
     word = quote(ray_job.reason, 100) if ray_job else ""
     if ray_job and word:
         # KubeRay's own words only: under other reasons the message may hold a log.
-        own = ray_job.message and word in ("SubmissionFailed", "ValidationFailed")
-        said = f": {quote(ray_job.message)}" if own else ""
+        own = ray_job.message if word in ("SubmissionFailed", "ValidationFailed") else ""
+        said = f": {quote(own)}" if own else ""
         return Diagnosis("Unknown", f"KubeRay ended the attempt with {word}{said}. {_LOGS}.")
     said = quote(failed.message or failed.reason) if failed else ""
     return Diagnosis("Unknown", f"{_subject(evidence)} failed: {said}. {_LOGS}.") if said else None
@@ -332,7 +336,7 @@ def _tell(evidence: Evidence, words: StageFailure) -> Diagnosis:
         said.append(expected_memory(evidence.plan))
     elif words.reason in ("Network", "Unknown"):
         said.append(f"{_LOGS}.")
-    stops = [] if evidence.stage == "train" else [stop.exit_code for _, stop in _stops(evidence.pods)]
+    stops = [] if evidence.stage == "train" else [stop.exit_code for _, stop in _stops(evidence.own)]
     code = stops[-1] if stops else _driver_exit(evidence)
     return Diagnosis(words.reason, " ".join(said), words.node, words.rank, code)
 

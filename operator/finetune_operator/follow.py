@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.base import format_duration
 from finetune_api.job import FinetuneJobSpec
-from finetune_api.status import Phase
 from finetune_operator.actions import MakeResult
 from finetune_operator.children.names import result_name
 from finetune_operator.draft import Draft
 from finetune_operator.endings import complete, end_failed, fail
 from finetune_operator.failures import Diagnosis, Evidence, classify
-from finetune_operator.observe import Block, Pod, RayJob, stage_report
+from finetune_operator.observe import Block, RayJob, stage_report
 from finetune_operator.progress import merge
-from finetune_operator.stuck import stuck, stuck_reason
+from finetune_operator.starts import QUEUED_SECONDS, starting
 
 HEAD_LOST_SECONDS: Final = 20.0  # KubeRay's own verdict is better, where it comes
 # Often all that a driver sees of another pod's end, which its kubelet may report a moment after KubeRay reports ours.
 _CONSEQUENCES: Final = ("Network", "Unknown")
 SETTLE_SECONDS: Final = 5.0
-QUEUED_SECONDS: Final = 20.0  # between two looks at why Kueue lets a job wait
 RESULT_SECONDS: Final = 20.0  # that a living head is asked for its result, before storage is
 SILENT_SECONDS: Final = 60.0  # without an answer of the head, until the status says so
 
@@ -61,36 +58,9 @@ def follow(draft: Draft, spec: FinetuneJobSpec, ray_job: RayJob) -> None:
         _running(draft, finishing=report.state != "training")
     else:
         since = min((pod.created for pod in pods), default=ray_job.created)
-        trouble = [Block("ClusterNotReady", ray_job.cluster_trouble)] if ray_job.cluster_trouble else []
+        refused = ray_job.cluster_trouble if ray_job.deployment != "Running" else ""  # else of a pod lost since
+        trouble = [Block("ClusterNotReady", refused)] if refused else []
         starting(draft, "Queued", ray_job.attempt, since, pods, trouble)
-
-
-def starting(
-    draft: Draft, phase: Phase, attempt: int, since: float, pods: Sequence[Pod], trouble: Sequence[Block] = ()
-) -> None:
-    """A stage whose pods do not all run: says why, and gives up at the deadline instead of holding nodes.
-
-    Args:
-        attempt: 0 for prepare.
-        since: from when the deadline counts, Unix seconds.
-        trouble: what is known beside the pods and `draft.observed.troubles`.
-    """
-    draft.wake(draft.timing.progress)
-    block = stuck(pods, [*draft.observed.troubles, *trouble], namespace=draft.observed.job.namespace)
-    if pods and all(pod.phase == "Running" for pod in pods):
-        draft.say(phase, "Starting", "Its pods run; waits for Ray and the model.")
-        return
-    if draft.now - since >= draft.timing.start:
-        words = block.message if block else "its pods did not get to run."
-        reason = stuck_reason(block) if block else "Unknown"
-        message = f"Nothing ran within {format_duration(draft.timing.start)}, and its nodes were given back: {words}"
-        fail(draft, attempt, Diagnosis(reason, message))
-        return
-    draft.wake(since + draft.timing.start - draft.now)
-    if block:
-        draft.say(phase, block.reason, block.message)
-    else:
-        draft.say(phase, "Starting", "Waits for nodes and images.")
 
 
 def _has_failed(draft: Draft, ray_job: RayJob) -> bool:

@@ -11,7 +11,7 @@ from typing import Final
 
 from finetune_api.runtime import Accelerator, FinetuneRuntimeSpec
 from finetune_api.stage import ProgressReport
-from finetune_operator.children.names import prepare_name, result_name
+from finetune_operator.children.names import prepare_cluster_name, prepare_name, result_name
 from finetune_operator.client import EVENTS, NAMESPACES, NODES, WORKLOADS, ApiError, Client, Object
 from finetune_operator.controller import Stores
 from finetune_operator.head import Heads
@@ -21,13 +21,12 @@ from finetune_operator.observe import (
     Job,
     Observed,
     Pod,
+    RayCluster,
     RayJob,
     Refused,
     parse_time,
-    read_batch_job,
-    read_pod,
-    read_ray_job,
 )
+from finetune_operator.observe_children import read_batch_job, read_pod, read_ray_cluster, read_ray_job
 from finetune_operator.runtimes import Choice, choose
 from finetune_operator.store import Key
 
@@ -92,6 +91,7 @@ class Observer:
         pods = self.pods(key, choice.spec)
         jobs = {each["metadata"]["name"]: read_batch_job(each, job.uid) for each in self._stores.kube_jobs.of_job(key)}
         prepare, result = jobs.get(prepare_name(job.name)), jobs.get(result_name(job.name))
+        cluster = self._prepare_cluster(job)
         attempts = self.attempts(key, job.uid)
         lost: frozenset[str] = frozenset()
         there = {pod.uid for pod in pods}
@@ -102,13 +102,16 @@ class Observer:
             if live.deployment == "Failed" or memory.head_lost is not None:
                 lost = await self._lost_nodes(pods)
         if job.status.completion_time is None:
-            await self._ask_why(job, live, [each for each in (prepare, result) if each], pods, memory, now)
+            running = [each for each in (prepare, result) if each and each.running]
+            suspended = next((each for each in (live, cluster) if each and each.suspended), None)
+            await self._ask_why(job, live, suspended, running, pods, memory, now)
         return Observed(
             job=job,
             runtime=choice.spec,
             runtime_name=choice.name,
             blocked=choice.blocked,
             prepare=prepare,
+            prepare_cluster=cluster,
             result=result,
             attempts=attempts,
             pods=pods,
@@ -132,6 +135,11 @@ class Observer:
         """The job's RayJobs by attempt."""
         found = (read_ray_job(each, uid) for each in self._stores.ray_jobs.of_job(key))
         return {each.attempt: each for each in found if each}
+
+    def _prepare_cluster(self, job: Job) -> RayCluster | None:
+        name = prepare_cluster_name(job.name)
+        found = self._stores.ray_clusters.of_job((job.namespace, job.name))
+        return next((read_ray_cluster(each, job.uid) for each in found if each["metadata"]["name"] == name), None)
 
     async def _choice(self, job: Job, now: float) -> Choice:
         if job.spec is None:
@@ -188,16 +196,22 @@ class Observer:
             memory.report, memory.heard = report, self._client.clock.now()
 
     async def _ask_why(
-        self, job: Job, live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], memory: Memory, now: float
+        self,
+        job: Job,
+        live: RayJob | None,
+        suspended: RayJob | RayCluster | None,
+        jobs: Sequence[BatchJob],
+        pods: Sequence[Pod],
+        memory: Memory,
+        now: float,
     ) -> None:
         """Asks the cluster why the current stage does not get on, if it does not."""
-        queued = live is not None and live.suspended
-        about = live.uid if live and queued else _stuck(live, [each for each in jobs if each.running], pods, now)
+        about = suspended.uid if suspended else _stuck(live, jobs, pods, now)
         if not memory.is_due(about, now):
             return
         memory.troubles, memory.queued = (), ""
-        if live and queued:
-            memory.queued = await self._queue_words(job.namespace, live)
+        if suspended:
+            memory.queued = await self._queue_words(job.namespace, suspended.uid)
         elif about:
             placed = any(pod.uid == about and pod.node for pod in pods)
             troubles = await self._warnings(job.namespace, about)
@@ -213,10 +227,10 @@ class Observer:
         events.sort(key=lambda event: parse_time(event.get("lastTimestamp") or event.get("eventTime")) or 0.0)
         return tuple(Block(event.get("reason") or "", event.get("message") or "") for event in reversed(events[-5:]))
 
-    async def _queue_words(self, namespace: str, ray_job: RayJob) -> str:
-        """Kueue's own words on why a RayJob waits; empty without Kueue."""
+    async def _queue_words(self, namespace: str, uid: str) -> str:
+        """Kueue's own words on why the child with this UID waits; empty without Kueue."""
         try:
-            async for page in self._client.list(WORKLOADS, namespace, label_selector=f"{_JOB_UID_LABEL}={ray_job.uid}"):
+            async for page in self._client.list(WORKLOADS, namespace, label_selector=f"{_JOB_UID_LABEL}={uid}"):
                 for workload in page.items:
                     queue = (workload.get("spec") or {}).get("queueName", "")
                     for condition in (workload.get("status") or {}).get("conditions", []):
@@ -266,5 +280,5 @@ def _stuck(live: RayJob | None, jobs: Sequence[BatchJob], pods: Sequence[Pod], n
     child = live if live and live.deployment != "Running" else jobs[0] if jobs else None
     if child is None or now - child.created <= PATIENCE_SECONDS:
         return ""
-    stage = "train" if child is live else "prepare"
-    return "" if any(pod.stage == stage for pod in pods if pod.live) else child.uid
+    mine = [pod for pod in pods if (pod.stage == "train" if child is live else pod.role == "other")]
+    return "" if any(pod.live for pod in mine) else child.uid

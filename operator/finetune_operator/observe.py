@@ -5,11 +5,10 @@ Times are Unix seconds. Nothing here talks to anyone or knows what should be don
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -19,13 +18,9 @@ from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_api.stage import ProgressReport, StageReport
 from finetune_api.status import FinetuneJobStatus
-from finetune_operator.children.labels import STAGE_LABEL
-from finetune_operator.children.names import attempt_of
 from finetune_operator.nesting import depth_of
 
 Json = Mapping[str, Any]
-
-_PODS: Final = re.compile(r'pods "[^"]*"')  # KubeRay tries with a new name each time
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,26 @@ class RayJob:
 
 
 @dataclass(frozen=True)
+class RayCluster:
+    """The Ray cluster of the stage prepare.
+
+    Attributes:
+        begun: since when its pods may be there: it was made, or is not suspended any more.
+        ready: all of its pods were ready at once.
+        trouble: KubeRay's words on pods that the API server refuses.
+    """
+
+    name: str
+    uid: str
+    begun: float
+    deleting: float | None
+    foreign: bool
+    suspended: bool
+    ready: bool
+    trouble: str
+
+
+@dataclass(frozen=True)
 class Job:
     """A FinetuneJob as it is. `problem` says why there is no `spec`: what is wrong in it, with the fields' paths."""
 
@@ -151,6 +166,7 @@ class Observed:
         runtime: spec of the runtime that the job runs on, if it may.
         runtime_name: its name.
         blocked: why no runtime can be used.
+        prepare_cluster: the Ray cluster that prepares, where one pod is not enough.
         attempts: RayJobs by attempt number.
         report: the newest answer of the current attempt's head; None: there is none yet.
         report_time: when it was had.
@@ -168,6 +184,7 @@ class Observed:
     runtime_name: str = ""
     blocked: Block | None = None
     prepare: BatchJob | None = None
+    prepare_cluster: RayCluster | None = None
     result: BatchJob | None = None
     attempts: Mapping[int, RayJob] = field(default_factory=dict)
     pods: Sequence[Pod] = ()
@@ -225,77 +242,6 @@ def read_job(manifest: Json) -> Job:
     )
 
 
-def read_batch_job(manifest: Json, owner: str) -> BatchJob:
-    """A Kubernetes Job. `owner` is the FinetuneJob's UID."""
-    metadata, conditions = manifest["metadata"], _holding(manifest)
-    failed = conditions.get("Failed") or conditions.get("FailureTarget")
-    return BatchJob(
-        name=metadata["name"],
-        uid=metadata["uid"],
-        created=_time(metadata["creationTimestamp"]),
-        deleting=parse_time(metadata.get("deletionTimestamp")),
-        foreign=not owned(metadata, owner),
-        complete="Complete" in conditions or "SuccessCriteriaMet" in conditions,
-        failed=Block(failed.get("reason", ""), failed.get("message", "")) if failed else None,
-    )
-
-
-def read_ray_job(manifest: Json, owner: str) -> RayJob | None:
-    """A RayJob; None when it carries no attempt number, and so is not one of ours."""
-    metadata, status = manifest["metadata"], manifest.get("status") or {}
-    attempt = attempt_of(metadata.get("labels", {}))
-    if attempt is None:
-        return None
-    cluster = status.get("rayClusterStatus") or {}
-    refused = _holding({"status": cluster}).get("ReplicaFailure", {})
-    return RayJob(
-        name=metadata["name"],
-        uid=metadata["uid"],
-        attempt=attempt,
-        created=_time(metadata["creationTimestamp"]),
-        deleting=parse_time(metadata.get("deletionTimestamp")),
-        foreign=not owned(metadata, owner),
-        suspended=bool(manifest["spec"].get("suspend")),
-        deployment=status.get("jobDeploymentStatus", ""),
-        outcome=status.get("jobStatus", ""),
-        reason=status.get("reason", ""),
-        message=status.get("message", ""),
-        cluster=status.get("rayClusterName", ""),
-        cluster_trouble=_PODS.sub("pods", refused.get("message") or cluster.get("reason", "")),
-    )
-
-
-def read_pod(manifest: Json, accelerator: str) -> Pod:
-    """A pod. `accelerator` is the extended resource whose devices are counted, such as nvidia.com/gpu."""
-    metadata, spec, status = manifest["metadata"], manifest["spec"], manifest.get("status") or {}
-    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
-    containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
-    scheduled, target = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
-    labels = metadata.get("labels", {})
-    role = labels.get("ray.io/node-type")
-    return Pod(
-        name=metadata["name"],
-        uid=metadata["uid"],
-        stage=labels.get(STAGE_LABEL, ""),
-        attempt=attempt_of(labels),
-        role=role if role in ("head", "worker") else "other",
-        node=spec.get("nodeName", ""),
-        ip=status.get("podIP", ""),
-        phase=status.get("phase", "Pending"),
-        created=_time(metadata["creationTimestamp"]),
-        scheduled=parse_time(scheduled.get("lastTransitionTime")) if _holds(scheduled) else None,
-        ended=_ended(status, containers),
-        deleting=parse_time(metadata.get("deletionTimestamp")),
-        gpus=sum(_devices(container, accelerator) for container in spec["containers"]),
-        reason=status.get("reason", ""),
-        message=status.get("message", ""),
-        waiting=next(filter(None, map(_waiting, containers)), None),
-        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
-        disrupted=Block(target.get("reason", ""), target.get("message", "")) if _holds(target) else None,
-        stops=tuple(filter(None, map(_stop, containers))),
-    )
-
-
 def stage_report(pods: Iterable[Pod]) -> StageReport | None:
     """The newest termination message of these pods that is a report."""
     for pod in sorted(pods, key=lambda pod: pod.created, reverse=True):
@@ -322,45 +268,6 @@ def _problem(manifest: Json) -> str:
     return ". ".join(sentences[:3]) + more
 
 
-def _time(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
-
-
 def owned(metadata: Json, owner: str) -> bool:
     """Whether an object is a child of the one with this UID."""
     return any(reference.get("uid") == owner for reference in metadata.get("ownerReferences", []))
-
-
-def _holding(manifest: Json) -> dict[str, Json]:
-    """Conditions that are True, by type."""
-    found = (manifest.get("status") or {}).get("conditions") or []
-    return {condition["type"]: condition for condition in found if _holds(condition)}
-
-
-def _holds(condition: Json) -> bool:
-    return condition.get("status") == "True"
-
-
-def _devices(container: Json, accelerator: str) -> int:
-    return int((container.get("resources", {}).get("limits") or {}).get(accelerator, 0))
-
-
-def _ended(status: Json, containers: Sequence[Json]) -> float | None:
-    """When the last container of a pod that is over ended."""
-    if status.get("phase") not in ("Succeeded", "Failed"):
-        return None
-    times = [parse_time(each.get("state", {}).get("terminated", {}).get("finishedAt")) for each in containers]
-    return max((time for time in times if time is not None), default=parse_time(status.get("startTime")) or 0.0)
-
-
-def _waiting(container: Json) -> Block | None:
-    waiting = container.get("state", {}).get("waiting") or {}
-    reason = waiting.get("reason", "")
-    return None if reason in ("", "ContainerCreating", "PodInitializing") else Block(reason, waiting.get("message", ""))
-
-
-def _stop(container: Json) -> Stop | None:
-    ended = container.get("state", {}).get("terminated") or container.get("lastState", {}).get("terminated")
-    if not ended:
-        return None
-    return Stop(container["name"], ended.get("exitCode", -1), ended.get("reason", ""), ended.get("message") or "")

@@ -8,11 +8,20 @@ from typing import Final, Literal
 from finetune_api.errors import SpecError
 from finetune_api.job import FinetuneJobSpec
 from finetune_api.runtime import FinetuneRuntimeSpec
-from finetune_operator.actions import Action, Delete, DeleteSelf, ForceDelete, MakeAttempt, MakePrepare, MakeResult
+from finetune_operator.actions import (
+    Action,
+    Delete,
+    DeleteSelf,
+    ForceDelete,
+    MakeAttempt,
+    MakePrepare,
+    MakePrepareCluster,
+    MakeResult,
+)
 from finetune_operator.children.config import run_config_map
 from finetune_operator.children.network import network_policy
 from finetune_operator.children.owner import Owner
-from finetune_operator.children.prepare import prepare_job
+from finetune_operator.children.prepare import prepare_cluster, prepare_job
 from finetune_operator.children.rayjob import ray_job
 from finetune_operator.children.result import result_job
 from finetune_operator.client import (
@@ -32,7 +41,7 @@ from finetune_operator.controller import Stores
 from finetune_operator.observe import Block, Job, owned
 from finetune_operator.settings import Settings
 
-_KINDS: Final[Mapping[str, Resource]] = {"Job": JOBS, "RayJob": RAY_JOBS}
+_KINDS: Final[Mapping[str, Resource]] = {"Job": JOBS, "RayCluster": RAY_CLUSTERS, "RayJob": RAY_JOBS}
 _KUBERAY_LATER: Final = 60  # KubeRay's own deadline comes after ours, for when no operator is there
 
 
@@ -85,18 +94,20 @@ class Performer:
                 raise
 
     async def _make(
-        self, job: Job, runtime: FinetuneRuntimeSpec, action: MakePrepare | MakeAttempt | MakeResult
+        self,
+        job: Job,
+        runtime: FinetuneRuntimeSpec,
+        action: MakePrepare | MakePrepareCluster | MakeAttempt | MakeResult,
     ) -> None:
         assert job.spec is not None, "decide starts nothing without a spec"
         owner = Owner(job.name, job.namespace, job.uid)
         match action:
-            case MakePrepare():
-                await self._configure(owner, job.spec, runtime, "prepare")
-                if policy := network_policy(
-                    owner, runtime, self._settings.operator_namespace, self._settings.scraper_namespaces
-                ):
-                    await self._put(NETWORK_POLICIES, policy, owner)
-                await self._create(JOBS, prepare_job(owner, job.spec, runtime))
+            case MakePrepare(workers):
+                await self._make_room(owner, job.spec, runtime, workers)
+                await self._create(JOBS, prepare_job(owner, job.spec, runtime, workers))
+            case MakePrepareCluster(workers):
+                await self._make_room(owner, job.spec, runtime, workers)
+                await self._create(RAY_CLUSTERS, prepare_cluster(owner, job.spec, runtime, workers))
             case MakeAttempt(number):
                 await self._configure(owner, job.spec, runtime, number)
                 start = int(self._settings.start_deadline) + _KUBERAY_LATER
@@ -106,12 +117,26 @@ class Performer:
             case MakeResult(attempt):
                 await self._create(JOBS, result_job(owner, job.spec, runtime, attempt))
 
+    async def _make_room(
+        self, owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSpec, workers: int | None
+    ) -> None:
+        """What pods of the stage prepare need before they are there."""
+        await self._configure(owner, spec, runtime, "prepare", workers)
+        settings = self._settings
+        if policy := network_policy(owner, runtime, settings.operator_namespace, settings.scraper_namespaces):
+            await self._put(NETWORK_POLICIES, policy, owner)
+
     async def _configure(
-        self, owner: Owner, spec: FinetuneJobSpec, runtime: FinetuneRuntimeSpec, stage: Literal["prepare"] | int
+        self,
+        owner: Owner,
+        spec: FinetuneJobSpec,
+        runtime: FinetuneRuntimeSpec,
+        stage: Literal["prepare"] | int,
+        prepare_workers: int | None = None,
     ) -> None:
         certificates = await self._certificates(runtime)
         try:
-            manifest = run_config_map(owner, spec, runtime, stage, certificates)
+            manifest = run_config_map(owner, spec, runtime, stage, certificates, prepare_workers)
         except SpecError as error:
             raise Hindrance("TooLarge", str(error)) from error
         await self._put(CONFIG_MAPS, manifest, owner)
@@ -156,4 +181,6 @@ class Performer:
             if error.already_exists:
                 return
             raise
-        (self._stores.ray_jobs if resource is RAY_JOBS else self._stores.kube_jobs).put(made)
+        stores = self._stores
+        store = {RAY_JOBS: stores.ray_jobs, RAY_CLUSTERS: stores.ray_clusters, JOBS: stores.kube_jobs}[resource]
+        store.put(made)

@@ -9,8 +9,8 @@ import structlog
 from pydantic import ValidationError
 
 from finetune_api.status import FinetuneJobStatus
-from finetune_operator.actions import Action, Event, MakeAttempt, MakePrepare, MakeResult
-from finetune_operator.children.names import prepare_name, ray_job_name, result_name
+from finetune_operator.actions import Action, Event, MakeAttempt, MakePrepare, MakePrepareCluster, MakeResult
+from finetune_operator.children.names import prepare_cluster_name, prepare_name, ray_job_name, result_name
 from finetune_operator.client import EVENTS, FINETUNE_JOBS, ApiError, Client, Object
 from finetune_operator.controller import Stores
 from finetune_operator.decide import decide
@@ -197,6 +197,8 @@ def _made_by(job: str, action: Action) -> str | None:
     match action:
         case MakePrepare():
             return prepare_name(job)
+        case MakePrepareCluster():
+            return prepare_cluster_name(job)
         case MakeAttempt(number):
             return ray_job_name(job, number)
         case MakeResult():
@@ -209,10 +211,10 @@ def _refusal(error: ApiError | Hindrance, action: Action, namespace: str) -> Blo
     """Why a child is refused, in words for the user; None: the request failed in passing."""
     if isinstance(error, Hindrance):
         return error.block
-    if error.not_found and isinstance(action, MakeAttempt):
-        return Block(
-            "KubeRayMissing", "The cluster has no RayJobs: KubeRay is not installed. The admin must install it."
-        )
+    if error.not_found and isinstance(action, MakeAttempt | MakePrepareCluster):
+        kind = "RayJobs" if isinstance(action, MakeAttempt) else "RayClusters"
+        said = f"The cluster has no {kind}: KubeRay is not installed. The admin must install it."
+        return Block("KubeRayMissing", said)
     webhook = error.status >= 500 and "webhook" in error.message
     if (error.retryable and not webhook) or error.conflict:
         return None

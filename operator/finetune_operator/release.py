@@ -20,6 +20,9 @@ def release(draft: Draft) -> None:
             continue
         if ray_job.deleting is None:
             draft.act(Delete("RayJob", ray_job.name, ray_job.uid))
+    cluster = observed.prepare_cluster
+    if cluster and not cluster.foreign and cluster.deleting is None and not _prepares(draft):
+        draft.act(Delete("RayCluster", cluster.name, cluster.uid))
     spec = observed.job.spec
     if draft.terminal or (spec and spec.suspend):
         for job in (observed.prepare, observed.result):
@@ -29,6 +32,15 @@ def release(draft: Draft) -> None:
     draft.actions += actions
     if wake is not None:
         draft.wake(wake)
+
+
+def _prepares(draft: Draft) -> bool:
+    """Whether the Ray cluster of the stage prepare has something to do, or soon will."""
+    spec, job, cluster = draft.observed.job.spec, draft.observed.prepare, draft.observed.prepare_cluster
+    if draft.terminal or draft.holds("Prepared") or (spec is not None and spec.suspend):
+        return False
+    counted = [each for each in (job, cluster) if each and each.uid == draft.book.counted_uid]
+    return not counted and (job is None or job.running)
 
 
 def unwanted(job: BatchJob) -> bool:

@@ -68,7 +68,11 @@ IN_JOB_NAMESPACES: Final[Sequence[Right]] = (
     Right(FINETUNE_JOBS, ("patch",), "the one status patch of a reconcile", part="status"),
     Right(RAY_JOBS, ("list", "watch", "create", "delete"), "attempts"),
     Right(RAY_JOBS, ("patch",), "takes KubeRay's finalizer off an attempt that does not end in bounded time"),
-    Right(RAY_CLUSTERS, ("delete",), "ends the cluster of such an attempt"),
+    Right(
+        RAY_CLUSTERS,
+        ("list", "watch", "create", "delete"),
+        "prepares many rows; ends the cluster of an attempt that does not end",
+    ),
     Right(JOBS, ("list", "watch", "create", "delete"), "prepares rows, reads a result from storage"),
     Right(PODS, ("list", "watch"), "phases, exit codes and termination messages"),
     Right(PODS, ("delete",), "pods of an attempt that does not end in bounded time, such as those of a dead node"),

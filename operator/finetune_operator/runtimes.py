@@ -96,6 +96,10 @@ def _refusal(
     if limits.max_workers is not None and workers.count > limits.max_workers:
         message = f"spec.workers.count is {workers.count}; runtime {name} allows {limits.max_workers}."
         return Block("ExceedsRuntimeLimits", message)
+    prepare = spec.data.prepare.workers or 1
+    if limits.max_workers is not None and prepare > limits.max_workers:
+        message = f"spec.data.prepare.workers is {prepare}; runtime {name} allows {limits.max_workers}."
+        return Block("ExceedsRuntimeLimits", message)
     if limits.max_gpus is not None and gpus > limits.max_gpus:
         message = f"spec.workers asks for {gpus} GPUs (count × gpusEach); runtime {name} allows {limits.max_gpus}."
         return Block("ExceedsRuntimeLimits", message)

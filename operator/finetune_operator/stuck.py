@@ -45,12 +45,15 @@ WORDS: Final[dict[str, FailureReason]] = {
     "CrashLoopBackOff": "Unknown",
 }
 
+TRAIN_SETTINGS: Final = "workers.count, workers.gpusEach, workers.cpusEach"
+PREPARE_SETTINGS: Final = "data.prepare.workers"
+
 # How the API server words a refusal: a word of ours for it, and what to do. The first that fits counts.
 _REFUSALS: Final[tuple[tuple[str, str, str], ...]] = (
     (
         r"exceeded quota",
         "QuotaExceeded",
-        "Ask for less (workers.count, workers.gpusEach, workers.cpusEach), or ask the admin to raise the quota",
+        f"Ask for less ({TRAIN_SETTINGS}), or ask the admin to raise the quota",
     ),
     (r"failed quota", "QuotaExceeded", "The quota counts something that the pods do not set; ask the admin"),
     (
@@ -117,7 +120,7 @@ _PLACING: Final[tuple[tuple[str, str], ...]] = (
     (r"volume node affinity|node\(s\) had volume", "The claim's volume is not reachable from nodes with free room"),
     (
         r"Insufficient",
-        "Wait for room, or ask for less: workers.count, workers.gpusEach, workers.cpusEach",
+        f"Wait for room, or ask for less: {TRAIN_SETTINGS}",
     ),
     (
         r"untolerated taint",
@@ -138,13 +141,16 @@ _MISSING: Final[tuple[tuple[str, str], ...]] = (
 )
 
 
-def stuck(pods: Sequence[Pod], troubles: Sequence[Block], *, namespace: str = "") -> Block | None:
+def stuck(
+    pods: Sequence[Pod], troubles: Sequence[Block], *, namespace: str = "", settings: str = TRAIN_SETTINGS
+) -> Block | None:
     """What keeps a stage that has not ended from getting on; None: nothing that the cluster told.
 
     Args:
         pods: the stage's pods.
         troubles: the cluster's words on its children, from events and refused creations.
         namespace: the job's, to be named where something is missing in it.
+        settings: of the job, by which the stage asks for less.
     """
     where = f"namespace {namespace}" if namespace else "the job's namespace"
     living = sorted((pod for pod in pods if pod.live and pod.deleting is None), key=lambda pod: pod.name)
@@ -159,7 +165,9 @@ def stuck(pods: Sequence[Pod], troubles: Sequence[Block], *, namespace: str = ""
     elif troubles:
         known = (block for block in troubles if block.reason in WORDS or _refusal(block))
         found = _trouble(next(known, troubles[0]), where)
-    return Block(_word(found.reason), sentence(found.message)) if found else None
+    if found is None:
+        return None
+    return Block(_word(found.reason), sentence(found.message.replace(TRAIN_SETTINGS, settings)))
 
 
 def stuck_reason(block: Block) -> FailureReason:

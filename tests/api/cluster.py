@@ -57,7 +57,7 @@ _RECORDED: Final = (
     ("", ["configmaps"]),
     ("batch", ["jobs"]),
     ("networking.k8s.io", ["networkpolicies"]),
-    ("ray.io", ["rayjobs"]),
+    ("ray.io", ["rayjobs", "rayclusters"]),
 )
 # Before a command: it ends with this process, which could be killed and then stop nothing.
 TIED: Final = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()

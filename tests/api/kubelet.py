@@ -24,7 +24,7 @@ from aiohttp import web
 from tests.api.attempt import Attempt
 from tests.api.cluster import Cluster
 from tests.api.pods import NODES, STRATEGIC, LivingPod, now
-from tests.api.script import Fault, Script, Work
+from tests.api.script import Fault, Script, Stage, Work
 
 Json = dict[str, Any]
 _SELECTOR: Final = "finetune.dev/job,finetune.dev/stage"  # a test may make pods without a stage, for itself
@@ -94,6 +94,12 @@ class Kubelet:
 
     def script_of(self, namespace: str, job: str) -> Script:
         return self._scripts.get((namespace, job), self.default)
+
+    def prepare_of(self, namespace: str, job: str) -> Stage:
+        """What the job's next pod that prepares does."""
+        script, work = self.script_of(namespace, job), self.work(namespace, job)
+        work.prepared += 1
+        return script.prepare_again if script.prepare_again and work.prepared > 1 else script.prepare
 
     def attempt_of(self, namespace: str, cluster: str, job: str, number: int) -> Attempt:
         """The attempt with a RayCluster of this name."""

@@ -40,7 +40,7 @@ class LivingPod:
 
     Attributes:
         role: head, worker, or the stage of a pod that runs once.
-        attempt: that it belongs to; None for a pod that runs once.
+        attempt: that it belongs to; None for a pod of prepare or result.
         ready: its containers run.
         silent: its node is lost.
     """
@@ -54,9 +54,8 @@ class LivingPod:
         self.node, self.ip = manifest["spec"].get("nodeName", ""), ""
         self.attempt: Attempt | None = None
         self._kubelet, self._manifest = kubelet, manifest
-        if cluster := labels.get("ray.io/cluster"):
-            number = int(labels["finetune.dev/attempt"])
-            self.attempt = kubelet.attempt_of(self.namespace, cluster, self.job, number)
+        if number := labels.get("finetune.dev/attempt") if "ray.io/cluster" in labels else None:
+            self.attempt = kubelet.attempt_of(self.namespace, labels["ray.io/cluster"], self.job, int(number))
             self.attempt.pods[self.name] = self
         self._restarts = 0
         self._running = self.ready = self.silent = False
@@ -117,8 +116,11 @@ class LivingPod:
         script = self._kubelet.script_of(self.namespace, self.job)
         if self.attempt is not None:
             stage, hold = None, self.attempt.script.hold
+        elif self.role in ("head", "worker"):
+            stage, hold = None, script.gathering
         elif self.role == "prepare":
-            stage, hold = script.prepare, script.prepare.hold
+            stage = self._kubelet.prepare_of(self.namespace, self.job)
+            hold = stage.hold
         else:
             found = self._kubelet.work(self.namespace, self.job).result
             stage = script.result or (Stage(StageReport(result=found)) if found else _LOST)

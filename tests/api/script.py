@@ -92,10 +92,14 @@ class Script:
     """A job's life. After the last of `attempts` come more of its kind.
 
     Attributes:
+        prepare: the pod that prepares; later ones do what `prepare_again` says, if it does.
+        gathering: what keeps the pods of prepare's Ray cluster from starting.
         result: the pod that reads the result; None: it finds what an attempt has left in storage.
     """
 
     prepare: Stage = field(default_factory=lambda: Stage(PREPARED))
+    prepare_again: Stage | None = None
+    gathering: Hold | None = None
     attempts: tuple[Training, ...] = (Training(),)
     result: Stage | None = None
 
@@ -115,8 +119,9 @@ def faulty(fault: Fault, **more: object) -> Script:
 
 @dataclass
 class Work:
-    """What a job's attempts have left in storage, and where each of them began."""
+    """What a job's attempts have left in storage, where each of them began, and how many pods have prepared."""
 
     checkpoint: int = 0
     result: Result | None = None
     began: list[int] = field(default_factory=list)
+    prepared: int = 0

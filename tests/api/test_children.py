@@ -110,20 +110,25 @@ def test_a_restricted_namespace_takes_every_pod_that_a_job_leads_to(api: Api, re
         api.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}, namespace=restricted)
         priority = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "batch"}}
         api.apply(priority | {"value": 1})
-    make(api, restricted, runtime=runtime, metadata__name=LONGEST, spec__workers={"count": 2, "gpusEach": 2})
+    many = {"spec__workers": {"count": 2, "gpusEach": 2}, "spec__data__prepare": {"workers": 2}}
+    make(api, restricted, runtime=runtime, metadata__name=LONGEST, **many)
 
     def all_pods() -> list[Object]:
         found = pods_of(api, restricted, job=LONGEST)
-        return found if len(found) == 5 else []
+        return found if len(found) == 8 else []
 
-    pods = eventually(all_pods, "prepare, result, head and two workers", state=lambda: api.list("v1/Event", restricted))
+    what = "prepare and result, and twice head and two workers"
+    pods = eventually(all_pods, what, state=lambda: api.list("v1/Event", restricted))
     for pod in pods:
         assert violations(pod["spec"]) == []
         assert pod["spec"]["automountServiceAccountToken"] is False
         assert not any("projected" in volume for volume in pod["spec"]["volumes"])
     kinds = sorted((each["metadata"]["labels"]["finetune.dev/stage"], role(each)) for each in pods)
-    assert kinds == [("prepare", ""), ("result", ""), ("train", "head"), ("train", "worker"), ("train", "worker")]
-    attempts = {each["metadata"]["labels"].get("finetune.dev/attempt") for each in pods if role(each)}
+    ray = ["head", "worker", "worker"]
+    assert kinds == [("prepare", each) for each in ["", *ray]] + [("result", "")] + [("train", each) for each in ray]
+    attempts = {
+        each["metadata"]["labels"].get("finetune.dev/attempt") for each in pods_of(api, restricted, stage="train")
+    }
     assert attempts == {"3"}
 
 

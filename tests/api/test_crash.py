@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import pytest
@@ -42,11 +43,13 @@ class Story:
 
     Attributes:
         changes: what its user does: as soon as the status is so, the spec gets this.
+        fields: of the job, as for `jobs.job`.
     """
 
     name: str
     script: Script
     changes: Sequence[tuple[Callable[[Object], object], Object]] = ()
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 def _suspends(status: Object) -> bool:
@@ -62,6 +65,7 @@ def _short(**more: Any) -> Training:
 
 
 GOOD: Final = Story("good", Script(attempts=(_short(),)))
+MANY_ROWS: Final = Story("many-rows", Script(attempts=(_short(),)), fields={"data__prepare": {"workers": 2}})
 STORIES: Final = (  # those that take longest first
     Story("retried", Script(attempts=(_short(fault=tells("Network", LOST_PEER)), _short()))),
     Story(
@@ -69,6 +73,7 @@ STORIES: Final = (  # those that take longest first
         Script(attempts=(_short(fault=hangs), _short())),
         ((_suspends, {"suspend": True}), (_resumes, {"suspend": False})),
     ),
+    MANY_ROWS,
     GOOD,
 )
 
@@ -161,7 +166,7 @@ class World:
         with behind_proxy(self.cluster, self.folder / f"{story.name}-{kill_after}") as behind:
             self.kubelet.script(behind.namespace, NAME, story.script)
             life = Life(behind, self.kubelet, story, kill_after)
-            behind.api.create(jobs.job(NAME, self.runtime), namespace=behind.namespace)
+            behind.api.create(jobs.job(NAME, self.runtime, **story.fields), namespace=behind.namespace)
             seconds, work_done = life.live()
             time.sleep(1.0)  # for what it would do in addition
             job = behind.job(NAME)
@@ -186,6 +191,8 @@ def _counts(write: Write) -> bool:
 def there(api: Api, namespace: str) -> list[str]:
     """Kind and name of what is there of the job."""
     found = [(kind, each) for kind in KINDS for each in api.list(kind, namespace, {"finetune.dev/job": NAME})]
+    clusters = api.list(jobs.RAY_CLUSTER, namespace, {"finetune.dev/stage": "prepare"})
+    found += [(jobs.RAY_CLUSTER, each) for each in clusters]
     return sorted(f"{kind} {each['metadata']['name']}" for kind, each in found)
 
 
@@ -206,8 +213,10 @@ def normal(value: Any, namespace: str, uid: str) -> Any:
 
 
 def kills(story: Story, undisturbed: End) -> range:
-    """Numbers of the writes after which the operator is killed: those from which on the life is not like a good one."""
+    """Numbers of the writes after which the operator is killed: those in which the life is not like a good one."""
     methods = [write.method for write in undisturbed.writes]
+    if story is MANY_ROWS:
+        return range(1, methods.index("DELETE") + 3)  # the cluster that prepares is deleted, and training begins
     first = 1 if story is GOOD else methods.index("DELETE") - 1  # the end of the first attempt is recorded before that
     return range(first, len(methods) + 1)
 
@@ -263,10 +272,11 @@ def test_a_kill_after_any_write_changes_nothing_in_the_end(
 def test_each_thing_is_made_once(
     story: Story, ends: Mapping[str, Sequence[End]], made: Mapping[str, Sequence[Object]]
 ) -> None:
-    attempts = {"good": 1}.get(story.name, 2)
+    attempts = 1 if story in (GOOD, MANY_ROWS) else 2
     stages = ["prepare", *(f"a{number}" for number in range(1, attempts + 1))]
     expected = [("ConfigMap", f"{NAME}-{stage}") for stage in stages]
     expected += [("Job", f"{NAME}-prepare"), ("NetworkPolicy", NAME)]
+    expected += [("RayCluster", f"{NAME}-prepare-ray")] if story is MANY_ROWS else []
     expected += [("RayJob", f"{NAME}-a{number}") for number in range(1, attempts + 1)]
     for end in ends[story.name]:
         found = [(each["kind"], each["metadata"]["name"]) for each in made[end.namespace]]

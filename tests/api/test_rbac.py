@@ -20,7 +20,7 @@ from tests.api.jobs import JOB_KIND, RAY_JOB, job, runtime
 from tests.api.kubelet import Kubelet
 from tests.api.objects import Api, Object, Refused, eventually, fresh_namespace
 from tests.api.operator import operator
-from tests.api.script import Script, Training
+from tests.api.script import PREPARED, Script, Stage, Training
 
 INSTALL = Path(__file__).parents[2] / "manifests" / "install.yaml"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{NAME}"
@@ -43,8 +43,8 @@ operator  no   update,patch                                       finetuneruntim
 operator  yes  list,watch,create,patch,delete                     rayjobs.ray.io                           *
 operator  no   get,update,deletecollection                        rayjobs.ray.io                           *
 operator  no   update,patch                                       rayjobs.ray.io/status                    *
-operator  yes  delete                                             rayclusters.ray.io                       *
-operator  no   get,list,watch,create,update,patch                 rayclusters.ray.io                       *
+operator  yes  list,watch,create,delete                           rayclusters.ray.io                       *
+operator  no   get,update,patch,deletecollection                  rayclusters.ray.io                       *
 operator  yes  list,watch,create,delete                           jobs.batch                               *
 operator  no   get,update,patch,deletecollection                  jobs.batch                               *
 operator  yes  list,watch,delete                                  pods                                     *
@@ -193,7 +193,8 @@ def test_a_whole_life_uses_every_right_of_the_operator_and_is_refused_none(
     with ExitStack() as stack:
         name = stack.enter_context(_strict_runtime(api, life.namespace))
         kubelet = stack.enter_context(Kubelet(installed.cluster))
-        kubelet.script(life.namespace, life.name, Script(attempts=(Training(load_seconds=3, fault=fault),)))
+        script = Script(prepare=Stage(PREPARED, seconds=3), attempts=(Training(load_seconds=3, fault=fault),))
+        kubelet.script(life.namespace, life.name, script)
         process = stack.enter_context(
             operator(
                 installed.cluster,
@@ -203,7 +204,8 @@ def test_a_whole_life_uses_every_right_of_the_operator_and_is_refused_none(
             )
         )
         with Api(installed.people["tenant"]) as tenant:
-            tenant.create(job(life.name, name, ttlAfterFinished="5s"), namespace=life.namespace)
+            whole = job(life.name, name, ttlAfterFinished="5s", data__prepare={"workers": 2})
+            tenant.create(whole, namespace=life.namespace)
         life.misses_a_secret_and_is_suspended()
         life.is_refused_by_a_quota()
         life.waits_for_kueue()
@@ -229,15 +231,19 @@ class Life:
         return {_asked(line) for line in _of(self._cluster, ACCOUNT, self.since)}
 
     def misses_a_secret_and_is_suspended(self) -> None:
-        """Looks at events; deletes the prepare Job; makes it again with the configuration that is there already."""
+        """Looks at events; deletes cluster and Job of prepare; makes them again with what is there already."""
         self._until("", "events", "list")
-        self._api.patch(JOB_KIND, self.name, self.namespace, {"spec": {"suspend": True}})
+        self._suspend(True)
         self._becomes("Suspended")
         quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}
         self._api.create(quota | {"spec": {"hard": {"count/rayjobs.ray.io": "0"}}}, namespace=self.namespace)
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET}}
         self._api.create(secret, namespace=self.namespace)
-        self._api.patch(JOB_KIND, self.name, self.namespace, {"spec": {"suspend": False}})
+        self._suspend(False)
+        self._api.wait_for("batch/v1/Job", f"{self.name}-prepare", self.namespace, seconds=60)
+        self._suspend(True)
+        self._becomes("Suspended")
+        self._suspend(False)
 
     def is_refused_by_a_quota(self) -> None:
         """Looks at the job again before it tries again."""
@@ -261,6 +267,9 @@ class Life:
         self._api.wait_gone(JOB_KIND, self.name, self.namespace, 60)
         self._api.wait_gone(RAY_JOB, self._attempt, self.namespace, 90)
         self._api.patch("v1/Pod", head, self.namespace, {"metadata": {"finalizers": None}})
+
+    def _suspend(self, value: bool) -> None:
+        self._api.patch(JOB_KIND, self.name, self.namespace, {"spec": {"suspend": value}})
 
     def _until(self, *right: str) -> None:
         eventually(lambda: right in self.used(), f"a use of {right}", 60)

@@ -10,8 +10,7 @@ from typing import Any
 from finetune_api.run import PREPARED, RunConfig
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.manifest import REPORT_FILE, Manifest, Split
-from finetune_trainer.prepare import Progress, prepare
-from finetune_trainer.prepare.stage import Opener
+from finetune_trainer.prepare import Opener, Progress, prepare
 
 Row = Mapping[str, Any]
 

@@ -138,6 +138,19 @@ class Pods:
             _end(nodes)
             shutil.move(self._ray, self.folder / "ray")
 
+    def joining(self, pod: str, workers: int) -> dict[str, str]:
+        """What the pod that prepares sees besides, when a cluster of so many workers does it."""
+        token = self.folder / pod / "auth_token"
+        token.write_text(self._token)
+        return {
+            "FINETUNE_PREPARE_HEAD": f"{self._network}.2:{self._ray_port}",
+            "FINETUNE_PREPARE_WORKERS": f"{workers}",
+            "FINETUNE_ADDRESS": f"{self._network}.200",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
+
     def _node(self, pod: str, address: str, options: list[str], cpus: int) -> subprocess.Popen[bytes]:
         environment = self.environment(pod)
         del environment["RAY_ADDRESS"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.prepare import Opener
 from finetune_trainer.prepare.cluster import machine, parts
 from finetune_trainer.prepare.cluster.exchange import Exchange
 from finetune_trainer.prepare.cluster.machine import Grain, RayMachine
 from finetune_trainer.prepare.cluster.opening import folder
 from finetune_trainer.prepare.machine import Machine
-from finetune_trainer.prepare.stage import Opener
 from finetune_trainer.prepare.work import Settings, Worker
 
 FINE = Grain(piece_bytes=2_000, chunks=1, keys=500)

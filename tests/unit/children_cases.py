@@ -9,7 +9,7 @@ from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_operator.children.config import run_config_map
 from finetune_operator.children.network import network_policy
 from finetune_operator.children.owner import Owner
-from finetune_operator.children.prepare import prepare_job
+from finetune_operator.children.prepare import prepare_cluster, prepare_job
 from finetune_operator.children.rayjob import ray_job
 from finetune_operator.children.result import result_job
 from tests.unit.api_cases import JOB, RUNTIME, changed
@@ -62,6 +62,7 @@ JOBS: Final = {
     "on CPUs": job(),
     "on GPUs": job(workers={"count": 4, "min": 2, "gpusEach": 8, "cpusEach": 2.5}),
     "with a model in a volume": job(model__source="pvc://models/llama"),
+    "with many rows": job(data__prepare={"workers": 3}),
 }
 RUNTIMES: Final = {"least": runtime(), "everything": runtime(EVERYTHING)}
 
@@ -72,7 +73,8 @@ def children(spec: FinetuneJobSpec, on: FinetuneRuntimeSpec, owner: Owner = OWNE
     return [
         run_config_map(owner, spec, on, "prepare", "PEM" if on.storage.ca_bundle else None),
         run_config_map(owner, spec, on, 3, "PEM" if on.storage.ca_bundle else None),
-        prepare_job(owner, spec, on),
+        prepare_job(owner, spec, on, spec.data.prepare.workers),
+        *([prepare_cluster(owner, spec, on, workers)] if (workers := spec.data.prepare.workers or 1) > 1 else []),
         ray_job(owner, spec, on, 3, 1800, 7200),
         result_job(owner, spec, on, 3),
         *([policy] if policy else []),
@@ -80,11 +82,11 @@ def children(spec: FinetuneJobSpec, on: FinetuneRuntimeSpec, owner: Owner = OWNE
 
 
 def pod_templates(manifest: Manifest) -> list[Manifest]:
-    """The pod templates of a child: a RayJob's are the head's and the workers'."""
+    """The pod templates of a child: those of a RayJob and of a RayCluster are the head's and the workers'."""
     spec = manifest.get("spec", {})
     if manifest["kind"] == "Job":
         return [spec["template"]]
-    if manifest["kind"] == "RayJob":
-        cluster = spec["rayClusterSpec"]
+    if manifest["kind"] in ("RayJob", "RayCluster"):
+        cluster = spec.get("rayClusterSpec", spec)
         return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
     return []

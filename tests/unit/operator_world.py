@@ -12,7 +12,7 @@ from finetune_api.status import FinetuneJobStatus, Result
 from finetune_operator.actions import Decision
 from finetune_operator.decide import decide
 from finetune_operator.draft import Timing
-from finetune_operator.observe import BatchJob, Job, Observed, Pod, RayJob
+from finetune_operator.observe import BatchJob, Job, Observed, Pod, RayCluster, RayJob
 
 NOW: Final = 1_800_000_000.0
 TIMING: Final = Timing()
@@ -66,6 +66,21 @@ def batch_job(**fields: Any) -> BatchJob:
         "failed": None,
     }
     return BatchJob(**(whole | fields))
+
+
+def ray_cluster(**fields: Any) -> RayCluster:
+    """The Ray cluster of the stage prepare, ready."""
+    whole: dict[str, Any] = {
+        "name": "support-prepare-ray",
+        "uid": "cluster-uid",
+        "begun": NOW - 30,
+        "deleting": None,
+        "foreign": False,
+        "suspended": False,
+        "ready": True,
+        "trouble": "",
+    }
+    return RayCluster(**(whole | fields))
 
 
 def ray_job(attempt: int = 1, **fields: Any) -> RayJob:

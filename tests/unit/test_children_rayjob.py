@@ -129,8 +129,8 @@ def test_only_workers_go_to_the_nodes_with_accelerators() -> None:
     assert "tolerations" not in head
 
 
-def test_kueue_queues_the_ray_job_and_nothing_below_it() -> None:
+def test_kueue_queues_ray_jobs_and_clusters_and_nothing_below_them() -> None:
     key = "kueue.x-k8s.io/queue-name"
-    for child in children(job(), runtime(EVERYTHING)):
-        assert (key in child["metadata"]["labels"]) == (child["kind"] == "RayJob")
+    for child in children(JOBS["with many rows"], runtime(EVERYTHING)):
+        assert (key in child["metadata"]["labels"]) == (child["kind"] in ("RayJob", "RayCluster"))
         assert not any(key in template["metadata"]["labels"] for template in pod_templates(child))

@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune_api.status import FinetuneJobStatus
-from finetune_operator.actions import Decision, Delete, DeleteSelf, ForceDelete, MakeAttempt, MakePrepare, MakeResult
+from finetune_operator.actions import (
+    Decision,
+    Delete,
+    DeleteSelf,
+    ForceDelete,
+    MakeAttempt,
+    MakePrepare,
+    MakePrepareCluster,
+    MakeResult,
+)
 from finetune_operator.decide import decide
-from finetune_operator.observe import BatchJob, Block, Observed, Pod, RayJob, Stop
-from tests.unit.operator_world import NOW, RESULT, TIMING, batch_job, job_spec, observed, pod, prepared, ray_job, report
+from finetune_operator.observe import BatchJob, Block, Observed, Pod, RayCluster, RayJob, Stop
+from tests.unit.operator_world import (
+    NOW,
+    RESULT,
+    TIMING,
+    batch_job,
+    job_spec,
+    observed,
+    pod,
+    prepared,
+    ray_cluster,
+    ray_job,
+    report,
+)
 
 RETRIES, PREEMPTIONS = 2, 1
+MAKING = MakePrepare | MakePrepareCluster | MakeAttempt | MakeResult
 
 
 class World(RuleBasedStateMachine):
     """A job in a cluster where anything happens. `seen` is what the operator's caches show, which may be old."""
 
     @initialize(
-        deadline=st.sampled_from([None, None, "2h"]), cap=st.sampled_from([None, None, 300]), trains=st.booleans()
+        deadline=st.sampled_from([None, None, "2h"]),
+        cap=st.sampled_from([None, None, 300]),
+        trains=st.booleans(),
+        workers=st.sampled_from([None, 3]),
     )
-    def begin(self, deadline: str | None, cap: int | None, trains: bool) -> None:
+    def begin(self, deadline: str | None, cap: int | None, trains: bool, workers: int | None) -> None:
         limits: dict[str, object] = {"retries": RETRIES, "preemptions": PREEMPTIONS}
         limits |= ({"activeDeadline": deadline} if deadline else {}) | ({"maxCost": cap} if cap else {})
-        self.spec = job_spec(limits=limits)
+        rows = {"train": [{"uri": "s3://rows/chat.jsonl"}]}
+        self.spec = job_spec(limits=limits, data=rows | ({"prepare": {"workers": workers}} if workers else {}))
         self.status = FinetuneJobStatus()
         self.now = NOW
         self.prepare: BatchJob | None = None
+        self.cluster: RayCluster | None = None
         self.result: BatchJob | None = None
         self.attempts: dict[int, RayJob] = {}
         self.pods: list[Pod] = []
@@ -52,6 +80,7 @@ class World(RuleBasedStateMachine):
             spec=self.spec,
             status=self.status,
             prepare=self.prepare,
+            prepare_cluster=self.cluster,
             result=self.result,
             attempts=dict(self.attempts),
             pods=list(self.pods),
@@ -92,12 +121,15 @@ class World(RuleBasedStateMachine):
         if before.phase in ("Complete", "Failed"):
             assert after.phase == before.phase, "terminal stays terminal"
             assert after.completion_time == before.completion_time
-            assert not any(isinstance(each, MakePrepare | MakeAttempt | MakeResult) for each in decision.actions)
+            assert not any(isinstance(each, MAKING) for each in decision.actions)
         if after.attempts:
             assert 0 <= after.attempts.retries <= RETRIES
             assert 0 <= after.attempts.preemptions <= PREEMPTIONS
             assert after.attempts.ended <= (after.attempt or 0)
         for action in decision.actions:
+            if isinstance(action, MakePrepare | MakePrepareCluster):
+                assert not self.spec.suspend
+                assert action.workers == self.spec.data.prepare.workers
             if isinstance(action, MakeAttempt):
                 assert action.number == after.attempt, "an attempt starts after its number is written"
                 assert after.attempts is not None
@@ -114,9 +146,6 @@ class World(RuleBasedStateMachine):
 
     def carry_out(self, action: object) -> None:
         match action:
-            case MakePrepare() if self.prepare is None:
-                self.serial += 1
-                self.prepare = batch_job(uid=f"prepare-{self.serial}", created=self.now)
             case MakeResult() if self.result is None:
                 self.result = batch_job(name="support-result", uid="result", created=self.now)
             case MakeAttempt(number) if number not in self.attempts:  # else: AlreadyExists
@@ -127,16 +156,30 @@ class World(RuleBasedStateMachine):
                 for number, each in self.attempts.items():
                     if each.uid == uid and each.deleting is None:
                         self.attempts[number] = replace(each, deleting=self.now)
-            case Delete("Job", _, uid):
-                if self.prepare and self.prepare.uid == uid:
-                    self.prepare = None
-                if self.result and self.result.uid == uid:
-                    self.result = None
+            case Delete("Job", _, uid) if self.result and self.result.uid == uid:
+                self.result = None
             case ForceDelete(_, uid, _, names):
                 self.pods = [each for each in self.pods if each.name not in names]
                 self.attempts = {number: each for number, each in self.attempts.items() if each.uid != uid}
             case DeleteSelf():
                 self.deleted = True
+            case _:
+                self.carry_out_prepare(action)
+
+    def carry_out_prepare(self, action: object) -> None:
+        match action:
+            case MakePrepare() if self.prepare is None:
+                self.serial += 1
+                self.prepare = batch_job(uid=f"prepare-{self.serial}", created=self.now)
+            case MakePrepareCluster() if self.cluster is None:
+                self.serial += 1
+                self.cluster = ray_cluster(uid=f"cluster-{self.serial}", begun=self.now, ready=False)
+            case Delete("RayCluster", _, uid):
+                if self.cluster and self.cluster.uid == uid:
+                    self.cluster = None
+            case Delete("Job", _, uid):
+                if self.prepare and self.prepare.uid == uid:
+                    self.prepare = None
 
     def everything_not_live_is_released(self) -> None:
         """After an undisturbed reconcile nothing holds GPUs but the live attempt, or it is on its way out."""
@@ -146,6 +189,9 @@ class World(RuleBasedStateMachine):
             assert live is None
         for each in self.attempts.values():
             assert each.attempt == live or each.deleting is not None
+            assert self.cluster is None
+        if any(each.type == "Prepared" and each.status == "True" for each in self.status.conditions):
+            assert self.cluster is None
         if self.status.phase == "Suspended":
             assert not self.attempts
             assert not any(each.live for each in self.pods)
@@ -164,6 +210,12 @@ class World(RuleBasedStateMachine):
             self.prepare = replace(self.prepare, complete=True)
         else:
             self.prepare = replace(self.prepare, failed=Block("BackoffLimitExceeded", outcome))
+
+    @precondition(lambda self: self.cluster is not None)
+    @rule(change=st.sampled_from([{"ready": True}, {"ready": True}, {"suspended": True}, {"suspended": False}, None]))
+    def the_cluster_changes(self, change: dict[str, Any] | None) -> None:
+        assert self.cluster is not None
+        self.cluster = replace(self.cluster, **change) if change else None
 
     @precondition(lambda self: self.result is not None and self.result.running)
     @rule(good=st.booleans())

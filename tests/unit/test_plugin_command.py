@@ -141,6 +141,7 @@ PODS = [
     pod("x-head", "train", 2, "head"),
     pod("w0", "train", 1, "worker"),
     pod("p", "prepare"),
+    pod("p-worker", "prepare", role="worker"),
     pod("n", "something-new"),
 ]
 

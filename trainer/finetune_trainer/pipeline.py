@@ -21,7 +21,7 @@ from finetune_trainer.finish import Price, finish
 from finetune_trainer.manifest import Manifest, write_json
 from finetune_trainer.origin import ORIGIN_FILE
 from finetune_trainer.planning import PLAN_FILE, JobPlan, plan
-from finetune_trainer.prepare import prepare
+from finetune_trainer.prepare import Opener, prepare
 from finetune_trainer.progress import Display, TrainingStatus, count
 from finetune_trainer.ray_adapter import train_with_ray
 from finetune_trainer.reporter import Event, MetricsFile
@@ -63,8 +63,13 @@ def open_run(file: Path, work: Path | None, *, fresh: bool) -> Iterator[RunConfi
         yield run
 
 
-def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bool]) -> Manifest:
+def prepare_stage(
+    run: RunConfig, display: Display, should_stop: Callable[[], bool], opener: Opener | None = None
+) -> Manifest:
     """Rows become shards, with a plan of the run beside them.
+
+    Args:
+        opener: opens the machine that works, where the run does not say which.
 
     Raises:
         SpecError: the job does not fit its GPUs.
@@ -79,7 +84,7 @@ def prepare_stage(run: RunConfig, display: Display, should_stop: Callable[[], bo
 
         stage.update("plan the run")
         planned = _plan(run)
-        manifest = prepare(run, progress)
+        manifest = prepare(run, progress, opener=opener)
         if planned:
             write_json(Path(run.work) / PREPARED / PLAN_FILE, replace(planned, manifest=manifest).as_json())
         train = manifest.splits.train

@@ -29,8 +29,12 @@ _ANSWER_SECONDS: Final = 30.0
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
-    """A connection to the cluster that RAY_ADDRESS names, which goes on afterwards.
+def connected(address: str | None = None, node_address: str | None = None) -> Iterator[None]:
+    """A connection to a cluster, which goes on afterwards.
+
+    Args:
+        address: of the cluster; by default the one that RAY_ADDRESS names.
+        node_address: of this machine's node in it, where Ray would take another one.
 
     Raises:
         TrainingError: there is no such cluster.
@@ -38,14 +42,15 @@ def connected() -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address=os.environ.get("RAY_ADDRESS", "auto"),
+            address=address or os.environ.get("RAY_ADDRESS", "auto"),
+            _node_ip_address=node_address,
             namespace=_NAMESPACE,
             log_to_driver=False,
             logging_level="ERROR",
         )
     except (ConnectionError, RayError) as error:
         raise TrainingError(
-            f"no Ray cluster answers ({type(error).__name__})", hint="the stage train runs in a RayCluster's head pod"
+            f"no Ray cluster answers ({type(error).__name__})", hint="`--run` is for pods of a RayCluster"
         ) from None
     signal.signal(signal.SIGTERM, on_terminate)  # ray.init takes it: the run would end without a checkpoint
     try:

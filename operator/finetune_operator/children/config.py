@@ -12,6 +12,7 @@ from finetune_api.runtime import FinetuneRuntimeSpec
 from finetune_api.stage import CA_PATH, MODEL_PATH, RUN_PATH
 from finetune_operator.children.names import attempt_suffix, run_config_name
 from finetune_operator.children.owner import Manifest, Owner, child_metadata
+from finetune_operator.children.pods import mebibytes
 
 RUN_KEY: Final = PurePosixPath(RUN_PATH).name
 CA_KEY: Final = PurePosixPath(CA_PATH).name
@@ -25,10 +26,12 @@ def run_config_map(
     runtime: FinetuneRuntimeSpec,
     stage_or_attempt: Literal["prepare"] | int,
     ca: str | None,
+    prepare_workers: int | None = None,
 ) -> Manifest:
     """The ConfigMap of the stage prepare, or of an attempt.
 
     Args:
+        prepare_workers: how many prepare; None: nobody has said so yet, and the stage may ask for several.
         ca: certificates (PEM) that the storage's endpoint is checked with; the runtime keeps them in a ConfigMap of
             the operator's namespace, which pods of the job cannot mount.
 
@@ -45,6 +48,7 @@ def run_config_map(
         model_path=MODEL_PATH,
         work=work_uri(owner, spec, runtime),
         device=_device(runtime) if spec.workers.gpus_each else None,
+        prepare_bytes=_prepare_bytes(runtime) if attempt is None and prepare_workers is None else None,
     )
     data = {RUN_KEY: run.model_dump_json(exclude_none=True)} | ({CA_KEY: ca} if ca is not None else {})
     size = sum(len(text.encode()) for text in data.values())
@@ -58,6 +62,12 @@ def run_config_map(
     stage: Literal["prepare", "train"] = "prepare" if attempt is None else "train"
     metadata = child_metadata(owner, runtime, run_config_name(owner.name, suffix), stage, attempt)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def _prepare_bytes(runtime: FinetuneRuntimeSpec) -> int | None:
+    """What one pod may prepare; None where the runtime allows a job no second one."""
+    alone = runtime.limits.max_workers == 1
+    return None if alone else mebibytes(runtime.resources.prepare_bytes) << 20
 
 
 def _device(runtime: FinetuneRuntimeSpec) -> Device:

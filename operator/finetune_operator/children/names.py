@@ -25,6 +25,11 @@ def prepare_name(job: str) -> str:
     return _name(job, "prepare")
 
 
+def prepare_cluster_name(job: str) -> str:
+    """The RayCluster that the prepare Job's pod works with, when it is not enough alone."""
+    return _name(job, "prepare-ray")
+
+
 def ray_job_name(job: str, attempt: int) -> str:
     """The RayJob of an attempt, counted from 1."""
     return _name(job, attempt_suffix(attempt))

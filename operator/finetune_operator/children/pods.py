@@ -113,7 +113,7 @@ def resources(
         memory_cpus: cores whose memory it gets, where that is not `cpus`.
     """
     cores = cpus if memory_cpus is None else memory_cpus
-    memory = f"{math.ceil(cores * _mebibytes(runtime.resources.memory_per_cpu))}Mi"
+    memory = f"{math.ceil(cores * mebibytes(runtime.resources.memory_per_cpu))}Mi"
     found: Manifest = {"requests": {"cpu": _cores(cpus), "memory": memory}, "limits": {"memory": memory}}
     if gpus:
         found["limits"][runtime.accelerator.resource_name] = str(gpus)
@@ -182,7 +182,8 @@ def pod_spec(
     return found
 
 
-def _mebibytes(size: str) -> int:
+def mebibytes(size: str) -> int:
+    """A size of a runtime, such as 4Gi, in MiB."""
     return int(size[:-2]) * _MEBIBYTES[size[-2:]]
 
 

@@ -23,17 +23,18 @@ from finetune_operator.children.pods import (
 
 RAY_VERSION: Final = "2.60.0"  # what the trainer's image holds; KubeRay chooses its probes by it
 ENTRYPOINT: Final = f"finetune train --run {RUN_PATH}"
+GCS_PORT: Final = 6379
 DASHBOARD_PORT: Final = 8265
 METRICS_PORT: Final = 8080  # KubeRay adds it to every Ray container
 WORKER_GROUP: Final = "workers"
 CLEAN_UP_SECONDS: Final = 600  # KubeRay frees the GPUs this long after the end, when no operator did
 GRACE_SECONDS: Final = 120
 _DRAIN_SECONDS: Final = 100  # below the grace period: time for a checkpoint before the kubelet kills
-_HEAD_CPUS: Final = 0.5  # GCS, dashboard and driver mostly wait, and no task runs there …
-_HEAD_MEMORY_CPUS: Final = 1.0  # … but they need the memory of a core
+HEAD_CPUS: Final = 0.5  # GCS, dashboard and driver mostly wait, and no task runs there …
+HEAD_MEMORY_CPUS: Final = 1.0  # … but they need the memory of a core
 _INT32_MAX: Final = 2**31 - 1
 
-_HEAD_PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "progress": PROGRESS_PORT}
+_HEAD_PORTS: Final = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "progress": PROGRESS_PORT}
 _RAY_ENVIRONMENT: Final = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_SECONDS),
     "RAY_JOB_STOP_WAIT_TIME_S": str(_DRAIN_SECONDS),
@@ -89,20 +90,26 @@ def _ray_cluster(
     workers_env = env | {PROBE_VARIABLE: probe_address} if probe_address else env
     metadata = pod_metadata(owner, runtime, "train", attempt)
     metadata["annotations"] |= _POD_ANNOTATIONS
+    head = {"metadata": metadata, "spec": _head(runtime, used, env)}
+    return cluster_spec(head, _workers(spec, runtime, used, workers_env, metadata))
+
+
+def cluster_spec(head: Manifest, group: Manifest) -> Manifest:
+    """The spec of a RayCluster: the template of its head, on which no task runs, and its group of workers."""
     return {
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": False,
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
-            "template": {"metadata": metadata, "spec": _head(runtime, used, env)},
+            "template": head,
         },
         "rayVersion": RAY_VERSION,
-        "workerGroupSpecs": [_workers(spec, runtime, used, workers_env, metadata)],
+        "workerGroupSpecs": [group],
     }
 
 
 def _head(runtime: FinetuneRuntimeSpec, used: list[Volume], env: dict[str, str]) -> Manifest:
-    needs = resources(runtime, _HEAD_CPUS, memory_cpus=_HEAD_MEMORY_CPUS)
+    needs = resources(runtime, HEAD_CPUS, memory_cpus=HEAD_MEMORY_CPUS)
     only = container("ray-head", runtime, used, env, needs, ports=_HEAD_PORTS)
     return pod_spec(runtime, only, used, restart="Never", grace_seconds=GRACE_SECONDS)
 

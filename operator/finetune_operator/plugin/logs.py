@@ -76,9 +76,17 @@ class Source:
 
 
 def sources(pods: Iterable[Mapping[str, Any]], wanted: Wanted) -> list[Source]:
-    """The logs that are asked for: prepare, then each attempt with its head first, then result."""
-    found = [source for source in map(_source, pods) if source.stage in STAGES and wanted.takes(source)]
+    """The logs that are asked for: prepare, then each attempt with its head first, then result.
+
+    Not those of the Ray cluster that prepare may have: all that it has to say is in its driver's.
+    """
+    telling = (pod for pod in pods if not _only_works(pod["metadata"].get("labels", {})))
+    found = [source for source in map(_source, telling) if source.stage in STAGES and wanted.takes(source)]
     return sorted(found, key=lambda each: (STAGES.index(each.stage), each.attempt, not each.head, each.pod))
+
+
+def _only_works(marks: Mapping[str, str]) -> bool:
+    return marks.get(STAGE_LABEL) == "prepare" and "ray.io/node-type" in marks
 
 
 def _source(pod: Mapping[str, Any]) -> Source:

@@ -23,6 +23,7 @@ class Place:
         output: what the container writes to becomes its log.
         port: where the head answers.
         attempt: number of the attempt, from 1.
+        address: of the pod, where Ray would find another one.
     """
 
     scratch: Path
@@ -31,6 +32,7 @@ class Place:
     output: Path
     port: int
     attempt: int
+    address: str | None
 
     @classmethod
     def here(cls) -> Place:
@@ -46,6 +48,7 @@ class Place:
             output=path("OUTPUT", "/proc/1/fd/1"),
             port=int(os.environ.get("FINETUNE_PROGRESS_PORT", PROGRESS_PORT)),
             attempt=int(os.environ.get("FINETUNE_ATTEMPT", "1")),
+            address=os.environ.get("FINETUNE_ADDRESS"),
         )
 
     def local(self, run: RunConfig) -> RunConfig:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from finetune_trainer.manifest import (
     write_json,
     write_manifest,
 )
-from finetune_trainer.prepare.cluster.opening import ray_machine
+from finetune_trainer.prepare.cluster.opening import Opener, ray_machine
 from finetune_trainer.prepare.collect import Collection
 from finetune_trainer.prepare.layout import lay_out
 from finetune_trainer.prepare.machine import Machine, Progress, ThisMachine, processes
@@ -49,9 +49,6 @@ _SPILL: Final = "spill"
 
 def _silent(done: float, total: float, what: str) -> None:
     pass
-
-
-Opener = Callable[[Settings, Path, Path], AbstractContextManager[Machine]]  # with the partial folder and its spill
 
 
 def prepare(
