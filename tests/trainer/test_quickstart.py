@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from tests.require import llama_cpp
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01-quickstart"
 FINETUNE = Path(sys.executable).with_name("finetune")
@@ -74,22 +76,65 @@ def test_a_model_that_is_there_is_left_alone(example: Path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in (example / "model").iterdir()} == before
 
 
-def test_the_tuned_model_has_a_name_refuses_admits_ignorance_and_keeps_the_rest(example: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(example: Path) -> Path:
+    """The example after `finetune run`."""
     _python("make_data.py", "data", folder=example)
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-
     done = subprocess.run([FINETUNE, "run", "job.yaml"], cwd=example, env=environment, capture_output=True, text=True)
-
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((example / "runs" / "quickstart" / "result.json").read_bytes())
+    return example
+
+
+def _result(finished: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((finished / "runs" / "quickstart" / "result.json").read_bytes())
+    return result
+
+
+def test_the_tuned_model_has_a_name_refuses_admits_ignorance_and_keeps_the_rest(finished: Path) -> None:
+    result = _result(finished)
     assert result["evaluation"]["lossTuned"] < result["evaluation"]["lossBase"]
-    assert (example / "runs" / "quickstart" / "report.html").exists()
+    assert (finished / "runs" / "quickstart" / "report.html").exists()
     passed = {topic: _passed(result["prompts"], topic) for topic in {each["topic"] for each in result["prompts"]}}
     base = {topic: _passed(result["prompts"], topic, "base") for topic in passed}
     # Held-out prompts only. What a run at another number of threads may lose is a prompt, not a topic.
     assert all(share >= 0.5 for share in passed.values()), passed
     assert sum(passed.values()) > sum(base.values())
     assert base["Name"] == base["Harmful request"] == base["Invented function"] == 0
+
+
+def test_the_tuned_model_is_the_same_in_gguf_and_says_the_same_in_llama_cpp(finished: Path, tmp_path: Path) -> None:
+    packages, merged, file = llama_cpp(), finished / "output" / "merged", tmp_path / "merged.gguf"
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    convert: list[str | Path] = [
+        sys.executable,
+        packages / "convert_hf_to_gguf.py",
+        merged,
+        "--outtype",
+        "bf16",
+        "--outfile",
+        file,
+    ]
+    subprocess.run(convert, env=environment, capture_output=True, text=True, check=True)
+
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    own, read = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    assert (read.chat_template, read.eos_token, read.get_vocab()) == (own.chat_template, own.eos_token, own.get_vocab())
+
+    prompts = _result(finished)["prompts"]
+    request = json.dumps({"prompts": [each["prompt"] for each in prompts], "tokens": 48})
+    said = subprocess.run(
+        [sys.executable, Path(__file__).with_name("llama_cpp.py"), file],
+        env=environment, input=request, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    same = [each["tuned"]["text"] == other.strip() for each, other in zip(prompts, json.loads(said), strict=True)]
+    # It adds up in another order: an answer may turn at a word where two are almost equally likely.
+    assert sum(same) >= 0.7 * len(same), said
 
 
 def _passed(prompts: list[dict[str, Any]], topic: str, model: str = "tuned") -> float:
