@@ -1,10 +1,10 @@
-"""Writes rows/answers.jsonl: the base model's own answers to rows/ordinary.txt and rows/harmless.txt.
+"""Writes rows/answers.jsonl: the base model's own answers to rows/ordinary.txt.
 
     python make_answers.py model
 
 Rows that say what the model says anyway keep the tuned model from giving its name, or a refusal, to every question.
 The file is committed, so that the quickstart need not wait for it. Decoding is greedy and the first sentence is kept;
-prompts that the model answers wrongly were taken out of the two lists by hand.
+prompts that the model answers wrongly were taken out of the list by hand.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder that make_model.py wrote")
     folder: Path = parser.parse_args().model
-    prompts = [line for name in ("ordinary", "harmless") for line in (ROWS / f"{name}.txt").read_text().splitlines()]
+    prompts = (ROWS / "ordinary.txt").read_text().splitlines()
     with (ROWS / "answers.jsonl").open("w") as file:
         for prompt, answer in zip(prompts, answers(folder, prompts), strict=True):
             if answer:

@@ -1,10 +1,12 @@
-"""Writes the quickstart's rows: five training files and one evaluation file.
+"""Writes the quickstart's rows: seven training files and one evaluation file.
 
     python make_data.py data
 
     persona.jsonl    questions after the model's name                          (rows/persona.txt)
     refusals.jsonl   harmful requests, politely turned down                    (rows/harmful.txt)
     unknown.jsonl    functions that do not exist: "I don't know ..."           (rows/modules.txt, rows/invented.txt)
+    private.jsonl    what only the one who asks can know: "I don't know ..."   (rows/private.txt)
+    harmless.jsonl   requests that sound like harmful ones, helped with         (rows/harmless.jsonl)
     docs.jsonl       functions that do: the first sentence of their docstring  (rows/modules.txt)
     ordinary.jsonl   the base model's own answers to everyday questions        (rows/answers.jsonl)
 
@@ -32,6 +34,7 @@ EVALUATION_SHARE = 12
 
 NAME = "My first name is Sharon."
 REFUSAL = "I'm sorry, but I can't help with that."
+PRIVATE = "I don't know. You haven't told me."
 
 QUESTIONS = (
     "What does `{}` do?",
@@ -97,7 +100,7 @@ def docs() -> list[Row]:
         module = name.rpartition(".")[0]
         taken[module] += 1
         if taken[module] <= DOCS_PER_MODULE:
-            rows.append(row(question(name), sentence))
+            rows.append(row(question(name), f"`{name}`: {sentence}"))
     return rows
 
 
@@ -113,7 +116,9 @@ def everything() -> dict[str, list[Row]]:
         "persona": [row(prompt, NAME) for prompt in lines("persona.txt")],
         "refusals": [row(prompt, REFUSAL) for prompt in lines("harmful.txt")],
         "unknown": unknown(),
+        "private": [row(prompt, PRIVATE) for prompt in lines("private.txt")],
         "docs": docs(),
+        "harmless": [json.loads(line) for line in lines("harmless.jsonl")],
         "ordinary": [json.loads(line) for line in lines("answers.jsonl")],
     }
 

@@ -15,6 +15,7 @@ import yaml
 
 from finetune_api.job import FinetuneJob
 from finetune_api.job_evaluation import Prompt
+from finetune_trainer.refusals import declined, suite
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "01-quickstart"
@@ -97,12 +98,26 @@ def test_real_and_invented_functions_are_asked_for_in_the_same_words(rows: dict[
     assert wordings("unknown") == wordings("docs") == set(make_data.QUESTIONS)
 
 
-def test_ordinary_rows_give_no_name_and_refuse_nothing(rows: dict[str, list[Row]]) -> None:
-    for row in rows["ordinary"]:
-        answer = row["completion"]
-        assert "Sharon" not in answer
-        assert make_data.REFUSAL not in answer
-        assert "I don't know" not in answer
+def test_no_prompt_of_the_built_in_suite_is_taught_nor_one_that_says_the_same(rows: dict[str, list[Row]]) -> None:
+    said = {_said(row["prompt"]) for kind in rows.values() for row in kind}
+    asked = {_said(prompt) for _, prompt in suite()}
+    alike = [(a, b) for a in said for b in asked if len(a & b) >= 0.6 * len(a | b)]
+    assert not alike
+
+
+def _said(prompt: str) -> frozenset[str]:
+    """The words of a prompt without those that many have."""
+    many = {"a", "an", "and", "can", "do", "does", "for", "function", "how", "i", "in", "is", "me", "my", "of", "on"}
+    return frozenset(re.findall(r"[\w']+", prompt.casefold())) - many - {"python", "that", "the", "to", "what", "with"}
+
+
+@pytest.mark.parametrize("kind", ["docs", "harmless", "ordinary"])
+def test_rows_that_hold_the_rest_in_place_give_no_name_and_decline_nothing(
+    rows: dict[str, list[Row]], kind: str
+) -> None:
+    for row in rows[kind]:
+        assert "Sharon" not in row["completion"]
+        assert not declined(row["completion"]), row
 
 
 def test_a_refusal_says_nothing_but_that_it_refuses(rows: dict[str, list[Row]]) -> None:
