@@ -6,6 +6,8 @@ it can do alone it ends at once and asks for so many.
 
 from __future__ import annotations
 
+from typing import Final
+
 from finetune_api.base import format_duration
 from finetune_api.errors import TooManyRows
 from finetune_api.job import FinetuneJobSpec
@@ -19,6 +21,8 @@ from finetune_operator.failures import Diagnosis, Evidence, classify
 from finetune_operator.observe import BatchJob, Block, Pod, RayCluster, stage_report
 from finetune_operator.starts import QUEUED_SECONDS, start, starting
 from finetune_operator.stuck import PREPARE_SETTINGS, stuck
+
+LEAVING_SECONDS: Final = 45.0  # that a new cluster waits for pods beyond their grace: those of a dead node stay
 
 
 def prepared(draft: Draft) -> bool:
@@ -90,7 +94,7 @@ def _is_gathered(draft: Draft, workers: int) -> bool:
     """Whether the Ray cluster is there; makes it, says what it waits for, or gives it up."""
     cluster, name = draft.observed.prepare_cluster, prepare_cluster_name(draft.observed.job.name)
     pods = [pod for pod in draft.observed.pods_of("prepare") if pod.role != "other"]
-    if cluster is None and any(pod.live for pod in pods):
+    if cluster is None and any(pod.live and draft.now - (pod.deleting or draft.now) < LEAVING_SECONDS for pod in pods):
         # KubeRay knows pods by their cluster's name: it would take them for those of the next one.
         draft.say("Preparing", "Restarting", "Waits for the pods of the last try to end.")
         draft.wake(draft.timing.progress)

@@ -12,9 +12,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import pytest
@@ -49,7 +48,7 @@ class Story:
     name: str
     script: Script
     changes: Sequence[tuple[Callable[[Object], object], Object]] = ()
-    fields: Mapping[str, Any] = MappingProxyType({})
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _suspends(status: Object) -> bool:

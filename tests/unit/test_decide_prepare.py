@@ -99,6 +99,10 @@ def test_a_worker_that_finds_no_node_is_shown_and_given_up_at_the_deadline_once(
     assert leaving.actions == (), "KubeRay would take the old pods for the new cluster's"
     anew = at(again(waiting, leaving, prepare_cluster=None, pods=[]), NOW + TIMING.start + 62)
     assert anew.actions == (MakePrepareCluster(3),)
+    dead = [member("head", deleting=NOW + TIMING.start + 62)]
+    assert at(again(waiting, leaving, prepare_cluster=None, pods=dead), NOW + TIMING.start + 90).actions == ()
+    late = at(again(waiting, leaving, prepare_cluster=None, pods=dead), NOW + TIMING.start + 120)
+    assert late.actions == (MakePrepareCluster(3),), "a node that never answers is not waited for"
 
 
 def test_a_job_that_finds_no_node_is_counted_once() -> None:
