@@ -10,7 +10,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-PACKAGES = ("json", "html", "wsgiref", "importlib", "concurrent", "urllib")
+PACKAGES = (
+    "collections", "concurrent", "curses", "dbm", "email", "html", "http", "importlib", "json", "logging", "sqlite3",
+    "tomllib", "urllib", "wsgiref", "xml", "zoneinfo",
+)  # fmt: skip
 
 
 def main(folder: Path) -> None:
