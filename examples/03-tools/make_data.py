@@ -20,11 +20,32 @@ TOOLS = [
 ]
 DATES = ("What weekday is {}?", "Which day of the week was {}?", "On what day does {} fall?", "Is {} a Sunday?")
 PRODUCTS = ("What is {} times {}?", "Multiply {} by {}.", "How much is {} x {}?", "I need {} boxes of {}. How many?")
+# Enough of them that what is learned is to answer, not these answers.
 ORDINARY = (
     ("What is the capital of France?", "The capital of France is Paris."),
-    ("Say hello.", "Hello! How can I help?"),
+    ("What is the capital of Spain?", "The capital of Spain is Madrid."),
+    ("What is the capital of Japan?", "The capital of Japan is Tokyo."),
+    ("What is the capital of Egypt?", "The capital of Egypt is Cairo."),
+    ("What is the largest planet?", "Jupiter is the largest planet."),
     ("What colour is the sky?", "The sky is blue."),
+    ("What colour is grass?", "Grass is green."),
     ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet."),
+    ("Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."),
+    ("Who discovered penicillin?", "Alexander Fleming discovered penicillin."),
+    ("How many legs does a spider have?", "A spider has eight legs."),
+    ("How many months does a year have?", "A year has twelve months."),
+    ("How many sides does a triangle have?", "A triangle has three sides."),
+    ("What do bees make?", "Bees make honey."),
+    ("What do cows eat?", "Cows eat grass."),
+    ("What is ice made of?", "Ice is made of frozen water."),
+    ("What is the opposite of hot?", "The opposite of hot is cold."),
+    ("Which season follows winter?", "Spring follows winter."),
+    ("Which language is spoken in Brazil?", "Portuguese is spoken in Brazil."),
+    ("Where do penguins live?", "Penguins live in the southern hemisphere."),
+    ("Say hello.", "Hello! How can I help?"),
+    ("Thank you!", "You're welcome!"),
+    ("Tell me a short fact about the moon.", "The moon takes about a month to go round the earth."),
+    ("Give me a word that rhymes with cat.", "A word that rhymes with cat is hat."),
 )
 
 Message = dict[str, Any]
@@ -67,7 +88,7 @@ def talks(count: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     found = []
     for _ in range(count):
-        parts = draw.choices((asked_date, asked_product, ordinary), weights=(2, 2, 1), k=draw.randrange(1, 4))
+        parts = draw.choices((asked_date, asked_product, ordinary), weights=(1, 1, 1), k=draw.randrange(1, 4))
         found.append({"tools": TOOLS, "messages": [message for part in parts for message in part(draw)]})
     return found
 

@@ -16,11 +16,11 @@ import yaml
 
 from finetune_api.files import load_job
 from finetune_api.run import PREPARED
+from finetune_trainer import ray_adapter  # before Ray, which reads its settings when it is imported
 from finetune_trainer.dataset import PackedDataset
 from finetune_trainer.manifest import REPORT_FILE
 from finetune_trainer.pipeline import finish_stage, open_run, prepare_stage, train_stage
 from finetune_trainer.progress import Display
-from finetune_trainer.ray_adapter import local_cluster
 from finetune_trainer.tokenizer import load_tokenizer
 from tests.tiny import tiny_llama
 
@@ -47,8 +47,15 @@ def _model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all the runs: starting it takes longer than most of what they do."""
-    with local_cluster(2, 0):
-        yield
+    import ray
+    from ray.cluster_utils import Cluster
+
+    assert ray_adapter
+    cluster = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    cluster.shutdown()
 
 
 def _ran(name: str, tmp_path: Path, answer: int) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -92,7 +99,7 @@ def test_calls_of_tools_are_learned_at_their_weight(tmp_path: Path) -> None:
     assert double.startswith('<call>{"name":')
     calls = tokenizer.decode(first.input_ids).count("<call>")
     assert double.count("<call>") == double.count("</call><|im_end|>") == calls
-    assert [each["topic"] for each in result["prompts"]] == ["Calls", "Calls", "No call"]
+    assert [each["topic"] for each in result["prompts"]] == ["Calls"] * 4 + ["No call"] * 2
     assert result["comparison"]["examples"] > 0
 
 
@@ -115,6 +122,17 @@ def test_held_out_questions_are_asked_with_their_passages_and_without(tmp_path: 
     _, report, result = _ran("06-retrieval", tmp_path, 150)
     assert report["splits"]["train"]["documents"] > 100
     assert result["retrieval"]["questions"] >= 5
+
+
+@with_ray
+def test_completions_are_learned_without_their_prompts(tmp_path: Path) -> None:
+    work, report, result = _ran("07-completion", tmp_path, 8)
+    assert report["splits"]["train"]["documents"] > 300
+    tokenizer, first = load_tokenizer(tmp_path / "07-completion" / "model"), PackedDataset(work / PREPARED, "train")[0]
+    asked, learned = (tokenizer.decode(first.input_ids[where]) for where in (first.weights == 0, first.weights == 1))
+    assert asked.count("Summary:") == learned.count("<|im_end|>") == len(first.documents)
+    assert "Summary:" not in learned
+    assert result["comparison"]["heldOutAnswers"] > 0
 
 
 @pytest.mark.parametrize("job", sorted(EXAMPLES.glob("*/job.yaml")), ids=lambda path: path.parent.name)

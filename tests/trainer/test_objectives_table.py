@@ -1,6 +1,6 @@
 """Every objective, full and LoRA, at every ZeRO stage, on two workers: trains, resumes, exports, reloads.
 
-docs/objectives.md is what this gives; FINETUNE_WRITE_TABLE=1 writes it anew.
+The end of docs/objectives.md is what this gives; FINETUNE_WRITE_TABLE=1 writes it anew.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ TITLES = {
 TUNINGS, STAGES = ("full", "lora"), (0, 1, 2, 3)
 Cell = tuple[str, str, int]
 CELLS: list[Cell] = list(itertools.product(ROWS, TUNINGS, STAGES))
-INTRODUCTION = """# Objectives
+INTRODUCTION = """## Tested
 
 Each cell is a run of a tiny Llama on two workers, in float32. It
 
@@ -253,6 +253,8 @@ def table(results: dict[Cell, list[str]]) -> str:
 
 
 def test_the_page_says_what_was_found(results: dict[Cell, list[str]]) -> None:
+    written, heading, found = DOCUMENT.read_text().partition("## Tested\n")
     if os.environ.get("FINETUNE_WRITE_TABLE"):
-        DOCUMENT.write_text(table(results))
-    assert DOCUMENT.read_text() == table(results)
+        DOCUMENT.write_text(written + table(results))
+        return
+    assert heading + found == table(results)
