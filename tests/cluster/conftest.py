@@ -37,6 +37,15 @@ def installed(running: Lab, api: Api, tmp_path_factory: pytest.TempPathFactory) 
         yield found
 
 
+@pytest.fixture(scope="session")
+def long_job(installed: Service) -> Iterator[str]:
+    """A job that trains for minutes, past its first checkpoint."""
+    name = "long"
+    installed.submit_long(name, 6000)
+    yield name
+    installed.remove(name)
+
+
 @pytest.fixture
 def namespace(api: Api) -> Iterator[str]:
     """A namespace of the test's own, deleted afterwards."""

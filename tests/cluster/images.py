@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from tests import require
 from tests.api.cluster import Programs
 from tests.cluster.containerd import CONTENT, PAUSE, Containerd, copy_images
 from tests.tools.build import ROOT, build
@@ -34,6 +35,7 @@ _UNUSED: Final = (
     "var/cache/apt",
     "var/lib/apt/lists",
 )
+_NAME: Final = "org.opencontainers.image.ref.name"
 _CERTIFICATES: Final = "/etc/ssl/certs"
 
 
@@ -76,19 +78,24 @@ def _build_all() -> dict[str, str]:
             name,
             str(ROOT),
         )
-    names = [OPERATOR, TRAINER, PAUSE, _binary("coredns", "coredns"), _binary("kuberay", "ray-operator")]
+    programs = {
+        "coredns": build("coredns") / "coredns",
+        "kuberay": build("kuberay") / "ray-operator",
+        "prometheus": Path(require.program("prometheus")),
+    }
+    names = [OPERATOR, TRAINER, PAUSE, *(_binary(name, program) for name, program in programs.items())]
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "Dockerfile").write_text(f'FROM {BASE}\nENTRYPOINT ["sleep", "infinity"]\n')
         _buildah("bud", "--layers", "--tag", PAUSE, scratch)
     return {name: _buildah("inspect", "--type=image", "--format={{.FromImageID}}", name) for name in names}
 
 
-def _binary(module: str, program: str) -> str:
-    """An image of one of the test tools and nothing else."""
-    name = f"localhost/{module}:lab"
+def _binary(tool: str, program: Path) -> str:
+    """An image of a program of the test tools; Debian's need its C library."""
+    name = f"localhost/{tool}:lab"
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copy2(build(module) / program, Path(scratch, "program"))
-        Path(scratch, "Dockerfile").write_text('FROM scratch\nCOPY program /program\nENTRYPOINT ["/program"]\n')
+        shutil.copy2(program, Path(scratch, "program"))
+        Path(scratch, "Dockerfile").write_text(f'FROM {BASE}\nCOPY program /program\nENTRYPOINT ["/program"]\n')
         _buildah("bud", "--layers", "--timestamp=0", "--tag", name, scratch)
     return name
 
@@ -141,7 +148,7 @@ def _archive(name: str, archive: Path, there: Path) -> None:
     layout = _CACHE / "oci"
     _buildah("push", "--quiet", "--disable-compression", name, f"oci:{layout}:{name}")
     index = json.loads((layout / "index.json").read_bytes())
-    found = next(m for m in index["manifests"] if m["annotations"]["org.opencontainers.image.ref.name"] == name)
+    found = next(m for m in index["manifests"] if m.get("annotations", {}).get(_NAME) == name)
     found["annotations"]["io.containerd.image.name"] = name
     manifest = json.loads(_blob(layout, found).read_bytes())
     with tarfile.open(archive, "w") as tar:

@@ -68,7 +68,7 @@ def ruleset(policies: Sequence[Object], pods: Sequence[Object], namespaces: Sequ
     for policy in sorted(policies, key=lambda p: (p["metadata"]["namespace"], p["metadata"]["name"])):
         spec, namespace = policy["spec"], policy["metadata"]["namespace"]
         for pod in there:
-            if pod.namespace != namespace or not _selects(spec.get("podSelector", {}), pod.labels):
+            if pod.namespace != namespace or not selects(spec.get("podSelector", {}), pod.labels):
                 continue
             for direction, own, other, peers in (
                 ("Ingress", "daddr", "saddr", "from"),
@@ -103,18 +103,35 @@ def _addresses(peer: Object, pods: Iterable[_Pod], namespace: str, labels: dict[
     if "ipBlock" in peer:
         if peer["ipBlock"].get("except"):
             raise NotImplementedError("an exception of an address block in a NetworkPolicy")
-        yield peer["ipBlock"]["cidr"]
+        if ":" not in peer["ipBlock"]["cidr"]:  # the lab's pods have no IPv6
+            yield peer["ipBlock"]["cidr"]
         return
     for pod in pods:
         if "namespaceSelector" in peer:
-            inside = _selects(peer["namespaceSelector"], labels.get(pod.namespace, {}))
+            inside = selects(peer["namespaceSelector"], labels.get(pod.namespace, {}))
         else:
             inside = pod.namespace == namespace
-        if inside and _selects(peer.get("podSelector", {}), pod.labels):
+        if inside and selects(peer.get("podSelector", {}), pod.labels):
             yield pod.address
 
 
-def _selects(selector: Object, labels: dict[str, str]) -> bool:
-    if selector.get("matchExpressions"):
-        raise NotImplementedError("an expression over labels in a NetworkPolicy")
-    return all(labels.get(key) == value for key, value in (selector.get("matchLabels") or {}).items())
+def selects(selector: Object, labels: dict[str, str]) -> bool:
+    """Whether a label selector, as Kubernetes' objects have them, takes these labels."""
+    wanted = selector.get("matchLabels") or {}
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        _holds(expression, labels) for expression in selector.get("matchExpressions") or []
+    )
+
+
+def _holds(expression: Object, labels: dict[str, str]) -> bool:
+    key, values = expression["key"], expression.get("values") or []
+    match expression["operator"]:
+        case "Exists":
+            return key in labels
+        case "DoesNotExist":
+            return key not in labels
+        case "In":
+            return labels.get(key) in values
+        case "NotIn":
+            return labels.get(key) not in values
+    raise NotImplementedError(f"{expression['operator']} in a selector")

@@ -9,22 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
+from finetune_api.base import API_VERSION
 from finetune_operator.children.labels import JOB_LABEL, STAGE_LABEL
+from tests.api import plugin
 from tests.api.cluster import install_crds
 from tests.api.objects import Api, Object, eventually
+from tests.api.prometheus import Prometheus
+from tests.chart.helm import CHART, helm, template
+from tests.cluster import monitoring
 from tests.cluster.images import OPERATOR, TRAINER
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.lab import Lab
 from tests.cluster.network import GATEWAY
 from tests.s3 import S3Server, s3_server
 from tests.tiny import tiny_llama
-from tests.tools.build import ROOT
+from tests.tools.build import build
 
-JOB: Final = "finetune.dev/v1alpha1/FinetuneJob"
+JOB: Final = f"{API_VERSION}/FinetuneJob"
+RELEASE: Final = "finetune"
 BUCKET: Final = "team"
 OPERATOR_NAMESPACE: Final = "finetune-system"
+_MONITORING: Final = ("podmonitors", "prometheusrules")
+HELM_TEST: Final = {"training": {"maxSteps": 4, "precision": "fp32"}, "output": {"uri": f"s3://{BUCKET}/helm-test"}}
 _RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
@@ -37,22 +43,51 @@ class Service:
     s3: S3Server
     kubectl: Kubectl
     namespace: str
+    prometheus: Prometheus
 
     @property
     def bucket(self) -> Path:
         """The team's bucket, as the folder that the S3 server keeps it in."""
         return self.s3.root / BUCKET
 
+    def helm(self, verb: str, *arguments: str | Path, given: bool = True) -> str:
+        """A command about the release, with the values of this cluster if it takes any; what it prints."""
+        where = (f"--namespace={OPERATOR_NAMESPACE}",)
+        return helm(
+            verb,
+            RELEASE,
+            *arguments,
+            *where,
+            values=values(self.s3) if given else None,
+            kubeconfig=self.lab.cluster.kubeconfig,
+        )
+
+    def install(self, chart: Path = CHART) -> None:
+        """Installs the release or brings it to this chart, and returns when its operators are ready."""
+        self.helm("upgrade", chart, "--install", "--wait", "--timeout=3m")
+
+    def plugin(self, *arguments: str) -> str:
+        """What `kubectl finetune` prints about the team's jobs."""
+        done = plugin.run(self.lab.cluster.kubeconfig, self.namespace, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def submit(self, name: str, **changes: Any) -> None:
         """Creates a small chat job with two workers; `changes` replace fields of its spec."""
         spec = {"runtimeRef": {"name": "lab"}} | chat_job() | changes
         manifest = {
-            "apiVersion": "finetune.dev/v1alpha1",
+            "apiVersion": API_VERSION,
             "kind": "FinetuneJob",
             "metadata": {"name": name},
             "spec": spec,
         }
         self.api.create(manifest, namespace=self.namespace)
+
+    def submit_long(self, name: str, steps: int) -> None:
+        """Creates a job of many short steps, some 60 ms each, and returns after its first checkpoint."""
+        training = {"maxSteps": steps, "sequencesPerBatch": 4, "precision": "fp32"}
+        self.submit(name, training=training, checkpoint={"everySteps": 50}, output={"uri": f"s3://{BUCKET}/{name}"})
+        self.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0, 420)
 
     def remove(self, name: str) -> None:
         """Deletes the job, and waits until its pods are gone."""
@@ -77,12 +112,14 @@ class Service:
     @contextmanager
     def another_runtime(self, name: str, **changes: Any) -> Iterator[None]:
         """A runtime like the lab's, with `changes` in its spec."""
-        manifest = runtime(self.s3, name)
-        self.api.create(manifest | {"spec": manifest["spec"] | changes})
+        spec = runtime_spec(self.s3) | changes
+        self.api.create(
+            {"apiVersion": API_VERSION, "kind": "FinetuneRuntime", "metadata": {"name": name}, "spec": spec}
+        )
         try:
             yield
         finally:
-            self.api.delete("finetune.dev/v1alpha1/FinetuneRuntime", name)
+            self.api.delete(f"{API_VERSION}/FinetuneRuntime", name)
 
     def wait(self, name: str, until: Callable[[Object], object], seconds: float = 300) -> Object:
         """The job's status as soon as `until` holds for it."""
@@ -103,45 +140,46 @@ def service(lab: Lab, api: Api, folder: Path) -> Iterator[Service]:
         bucket = s3.root / BUCKET
         bucket.mkdir()
         fill(bucket)
-        install_operator(api)
-        api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": _RESTRICTED}})
         keys = {key: s3.environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "storage"}, "stringData": keys}
-        api.create(secret, namespace=namespace)
-        api.apply(runtime(s3))
-        yield Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace)
+        for name in (OPERATOR_NAMESPACE, namespace):
+            api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": _RESTRICTED}})
+            api.create(secret, namespace=name)
+        install_crds(api, [build("prometheus-operator") / f"monitoring.coreos.com_{each}.yaml" for each in _MONITORING])
+        with monitoring.prometheus(lab.cluster.kubeconfig, template(values(s3))) as prometheus:
+            installed = Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace, prometheus)
+            installed.install()
+            installed.install()  # runtimes come with the second: before, the cluster has no such kind
+            yield installed
 
 
-def install_operator(api: Api) -> None:
-    """manifests/install.yaml with the image that is here; returns when an operator leads."""
-    objects = list(yaml.safe_load_all((ROOT / "manifests" / "install.yaml").read_text()))
-    install_crds(api, sorted((ROOT / "manifests" / "crds").glob("*.yaml")))
-    for manifest in objects:
-        if manifest["kind"] == "Deployment":
-            container = manifest["spec"]["template"]["spec"]["containers"][0]
-            container |= {"image": OPERATOR, "imagePullPolicy": "Never"}
-            container["resources"] = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}}
-        if manifest["kind"] != "CustomResourceDefinition":
-            api.apply(manifest)
-    api.wait_for(
-        "apps/v1/Deployment",
-        "finetune-operator",
-        OPERATOR_NAMESPACE,
-        lambda found: found["status"].get("readyReplicas") == 2,
-        120,
-    )
+def values(s3: S3Server) -> Object:
+    """What this cluster's engineer gives the chart."""
+    registry, _, repository = OPERATOR.rpartition("/")
+    repository, tag = repository.split(":")
+    return {
+        "image": {"registry": registry, "repository": repository, "tag": tag, "pullPolicy": "Never"},
+        "resources": {"cpu": "50m", "memory": "512Mi"},
+        "runtimes": {"lab": runtime_spec(s3)},
+        "monitoring": {
+            "namespaces": [monitoring.NAMESPACE],
+            "podMonitors": {"enabled": True},
+            "rules": {"enabled": True},
+            "dashboards": {"enabled": True},
+        },
+        "test": {"job": {"runtimeRef": {"name": "lab"}} | chat_job() | HELM_TEST},
+    }
 
 
-def runtime(s3: S3Server, name: str = "lab") -> Object:
+def runtime_spec(s3: S3Server) -> Object:
     """A runtime of small CPU workers that reach the S3 server and nothing else."""
     port = int(s3.endpoint.rpartition(":")[2])
-    spec = {
+    return {
         "images": {"trainer": TRAINER, "pullPolicy": "Never"},
         "resources": {"memoryPerCpu": "4Gi", "sharedMemory": "256Mi", "scratch": "8Gi", "prepareCpus": 0.5},
         "storage": {"endpoint": s3.endpoint, "region": "us-east-1", "pathStyle": True, "secretName": "storage"},
         "networkPolicy": {"egress": [{"cidr": f"{GATEWAY}/32", "ports": [port]}]},
     }
-    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FinetuneRuntime", "metadata": {"name": name}, "spec": spec}
 
 
 def fill(bucket: Path) -> None:

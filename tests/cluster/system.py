@@ -46,10 +46,10 @@ def _dns() -> list[Object]:
     }
     volumes = [{"name": "config", "configMap": {"name": "coredns"}}]
     return [
-        *_account("coredns", "kube-system", rules),
-        _object("v1", "ConfigMap", "coredns", "kube-system", data={"Corefile": _COREFILE}),
-        _deployment("coredns", "kube-system", labels, "coredns", container, volumes),
-        _object(
+        *account("coredns", "kube-system", rules),
+        object_of("v1", "ConfigMap", "coredns", "kube-system", data={"Corefile": _COREFILE}),
+        deployment("coredns", "kube-system", labels, "coredns", container, volumes),
+        object_of(
             "v1", "Service", "kube-dns", "kube-system", spec={"clusterIP": DNS, "selector": labels, "ports": ports}
         ),
     ]
@@ -66,29 +66,32 @@ def _kuberay() -> list[Object]:
     everything = [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": KUBERAY_NAMESPACE}},
-        *_account("kuberay-operator", KUBERAY_NAMESPACE, everything),
-        _deployment("kuberay-operator", KUBERAY_NAMESPACE, labels, "kuberay-operator", container, []),
+        *account("kuberay-operator", KUBERAY_NAMESPACE, everything),
+        deployment("kuberay-operator", KUBERAY_NAMESPACE, labels, "kuberay-operator", container, []),
     ]
 
 
-def _account(name: str, namespace: str, rules: list[Object]) -> list[Object]:
+def account(name: str, namespace: str, rules: list[Object]) -> list[Object]:
+    """A service account with these rights in the whole cluster."""
     subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name}
     return [
-        _object("v1", "ServiceAccount", name, namespace),
-        _object("rbac.authorization.k8s.io/v1", "ClusterRole", name, rules=rules),
-        _object("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", name, subjects=[subject], roleRef=role),
+        object_of("v1", "ServiceAccount", name, namespace),
+        object_of("rbac.authorization.k8s.io/v1", "ClusterRole", name, rules=rules),
+        object_of("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", name, subjects=[subject], roleRef=role),
     ]
 
 
-def _deployment(
+def deployment(
     name: str, namespace: str, labels: dict[str, str], account: str, container: Object, volumes: list[Object]
 ) -> Object:
+    """A Deployment of one pod."""
     pod = {"serviceAccountName": account, "containers": [container], "volumes": volumes}
     spec = {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}}
-    return _object("apps/v1", "Deployment", name, namespace, spec=spec)
+    return object_of("apps/v1", "Deployment", name, namespace, spec=spec)
 
 
-def _object(version: str, kind: str, name: str, namespace: str = "", **fields: Any) -> Object:
+def object_of(version: str, kind: str, name: str, namespace: str = "", **fields: Any) -> Object:
+    """A manifest; without a namespace, of a kind that has none."""
     metadata = {"name": name} | ({"namespace": namespace} if namespace else {})
     return {"apiVersion": version, "kind": kind, "metadata": metadata, **fields}

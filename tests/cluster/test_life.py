@@ -1,0 +1,89 @@
+"""A whole job on a real cluster: prepared, trained by two pods under ZeRO-2, weights and report in object storage."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.cluster.service import Service
+
+STEPS = 300
+PHASES = ("Preparing", "Queued", "Training", "Finishing", "Complete")
+METRICS = ("finetune_train_loss", "finetune_train_tokens_total", "finetune_job_training_seconds", "finetune_jobs")
+
+
+@pytest.fixture(scope="module")
+def life(installed: Service) -> Iterator[dict[str, float]]:
+    """Seconds from `kubectl apply` until the job was first seen in each phase."""
+    started = time.monotonic()
+    training = {"maxSteps": STEPS, "sequencesPerBatch": 4, "precision": "fp32", "evaluateEverySteps": 100}
+    installed.submit("chat", training=training, checkpoint={"everySteps": 50})
+    seen: dict[str, float] = {}
+    while "Complete" not in seen:
+        status = installed.wait("chat", lambda status: status.get("phase", "Pending") not in seen, 600)
+        seen[status.get("phase", "Pending")] = time.monotonic() - started
+        assert status.get("phase") != "Failed", status
+    print("seconds until each phase:", {phase: round(seconds) for phase, seconds in seen.items()})
+    yield seen
+    installed.remove("chat")
+
+
+def test_the_phases_are_passed_in_order(life: dict[str, float]) -> None:
+    seen = [phase for phase in sorted(life, key=life.__getitem__) if phase in PHASES]
+    assert seen == [phase for phase in PHASES if phase in life]
+    assert {"Preparing", "Training", "Complete"} <= set(seen)
+
+
+def test_the_weights_are_in_the_bucket_and_load(installed: Service, life: dict[str, float]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(installed.bucket / "output" / "model")
+    assert model.config.hidden_size == 64
+    assert (installed.bucket / "output" / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_the_status_says_what_came_out(installed: Service, life: dict[str, float]) -> None:
+    status = installed.status("chat")
+    assert status["progress"]["step"] == status["progress"]["totalSteps"] == STEPS
+    assert status["attempt"] == 1
+    assert status["result"]["evalLossTuned"] < status["result"]["evalLossBase"]
+
+
+def test_its_workers_tried_to_get_out_and_could_not(installed: Service, life: dict[str, float]) -> None:
+    found = installed.status("chat")["result"]["egress"]
+    assert {each["destination"]: each["reached"] for each in found} == dict.fromkeys(
+        ("internet", "metadata", "apiServer", "otherNamespace"), False
+    )
+
+
+def test_a_person_reads_the_status_with_kubectl(installed: Service, life: dict[str, float]) -> None:
+    said = installed.plugin("status", "chat")
+    assert "Complete" in said
+    assert f"{STEPS}/{STEPS}" in said.replace(" ", "")
+    assert "Complete" in installed.kubectl("get", "ftj", "chat", f"--namespace={installed.namespace}")
+
+
+def test_prometheus_has_the_metrics_of_operator_and_training(installed: Service, life: dict[str, float]) -> None:
+    found = {name: installed.prometheus.query(f'count_over_time({name}{{name=~"chat|"}}[1h])') for name in METRICS}
+    assert [name for name, series in found.items() if not series] == []
+
+
+def test_no_alert_fires_for_a_job_that_is_well(installed: Service, life: dict[str, float]) -> None:
+    rules = installed.prometheus.rules()
+    assert len(rules) > 5
+    assert [rule["name"] for rule in rules if rule["state"] == "firing" or rule["health"] != "ok"] == []
+
+
+def test_nothing_of_it_runs_afterwards(installed: Service, life: dict[str, float]) -> None:
+    installed.api.wait_gone("ray.io/v1/RayJob", "chat-a1", installed.namespace, 60)
+    pods = installed.api.list("v1/Pod", installed.namespace, {"finetune.dev/job": "chat"})
+    assert all(pod["status"]["phase"] in ("Succeeded", "Failed") for pod in pods)
+
+
+def test_the_chart_tests_itself_by_a_job(installed: Service) -> None:
+    """`helm test`: the job of the values runs to its end, seen by a pod with a viewer's rights."""
+    installed.helm("test", "--timeout=10m", given=False)
+    report = json.loads((installed.bucket / "helm-test" / "report" / "report.json").read_text())
+    assert report["steps"] == 4
