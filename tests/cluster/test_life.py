@@ -53,7 +53,7 @@ def test_the_status_says_what_came_out(installed: Service, life: dict[str, float
 
 def test_its_workers_tried_to_get_out_and_could_not(installed: Service, life: dict[str, float]) -> None:
     found = installed.status("chat")["result"]["egress"]
-    assert {each["destination"]: each["reached"] for each in found} == dict.fromkeys(
+    assert {each["to"]: each["reached"] for each in found} == dict.fromkeys(
         ("internet", "metadata", "apiServer", "otherNamespace"), False
     )
 
