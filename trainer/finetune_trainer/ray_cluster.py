@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,6 +29,7 @@ NodeWork = Callable[[RunConfig, Reporter, Callable[[], bool]], None]
 _NAMESPACE: Final = "finetune"
 _HEAD: Final = "head"
 _ANSWER_SECONDS: Final = 30.0
+_LOOK_SECONDS: Final = 0.5
 
 
 @contextlib.contextmanager
@@ -69,7 +73,7 @@ class HeadServer:
     def __init__(self, work: str, attempt: int, port: int) -> None:
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(_HEAD))  # of a driver before this one
-        detached = beside_driver(Head).options(name=_HEAD, lifetime="detached")
+        detached = beside_driver(_Leaving).options(name=_HEAD, lifetime="detached")
         self._actor = detached.remote(work, attempt, port)
         try:
             ray.get(self._actor.ready.remote(), timeout=_ANSWER_SECONDS)
@@ -95,6 +99,20 @@ class HeadServer:
     def _end(self, how: str, *arguments: str | None) -> None:
         with contextlib.suppress(RayError):  # the operator then reads storage
             ray.get(getattr(self._actor, how).remote(*arguments), timeout=_ANSWER_SECONDS)
+            self._actor.leave_when_drained.remote()
+
+
+class _Leaving(Head):
+    """Ends with its pod: Ray waits for actors when a pod is told to end, for as long as a checkpoint may take."""
+
+    def leave_when_drained(self) -> None:
+        threading.Thread(target=self._leave, name="leave", daemon=True).start()
+
+    def _leave(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        while node not in state.get_draining_nodes():
+            time.sleep(_LOOK_SECONDS)
+        os._exit(0)
 
 
 def work_on(
