@@ -39,9 +39,9 @@ def installed(running: Lab, api: Api, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def long_job(installed: Service) -> Iterator[str]:
-    """A job that trains for minutes, past its first checkpoint."""
+    """A job that trains for longer than the tests take, past its first checkpoint."""
     name = "long"
-    installed.submit_long(name, 6000)
+    installed.submit_long(name, 100_000)
     yield name
     installed.remove(name)
 

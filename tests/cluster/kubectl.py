@@ -21,11 +21,15 @@ class Kubectl:
         Raises:
             RuntimeError: it fails; what it said is in the message.
         """
-        command = [str(build("kubernetes") / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
+        command = self.command(*arguments)
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
         if done.returncode:
             raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.returncode}: {done.stderr.strip()}")
         return done.stdout
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line."""
+        return [str(build("kubernetes") / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
 
     def shell(self, namespace: str, pod: str, script: str, seconds: float = 60) -> str:
         """What a shell in the pod prints."""

@@ -13,8 +13,8 @@ import pytest
 from tests.api.objects import Object
 from tests.cluster.service import OPERATOR_NAMESPACE, Service
 
-STEPS = 2000
-END = 420
+STEPS = 800
+END = 600
 
 
 @contextmanager

@@ -98,8 +98,8 @@ class HeadServer:
 
     def _end(self, how: str, *arguments: str | None) -> None:
         with contextlib.suppress(RayError):  # the operator then reads storage
-            ray.get(getattr(self._actor, how).remote(*arguments), timeout=_ANSWER_SECONDS)
-            self._actor.leave_when_drained.remote()
+            told = getattr(self._actor, how).remote(*arguments)
+            ray.get([told, self._actor.leave_when_drained.remote()], timeout=_ANSWER_SECONDS)
 
 
 class _Leaving(Head):
