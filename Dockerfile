@@ -24,38 +24,39 @@ RUN --mount=type=cache,target=/root/.cache/uv /opt/uv/bin/uv build --quiet --whe
 FROM build AS operator-packages
 RUN --mount=type=cache,target=/root/.cache/uv \
     /opt/uv/bin/uv sync --quiet --locked --no-install-project --extra operator
+RUN --mount=type=cache,target=/root/.cache/uv \
+    UV_PROJECT_ENVIRONMENT=/opt/sbom /opt/uv/bin/uv sync --quiet --locked --no-install-project --only-group sbom \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+       -o /sbom.cdx.json /opt/finetune
 
 FROM build AS trainer-packages
 ARG ACCELERATOR=cuda
 COPY scripts scripts
 RUN --mount=type=cache,target=/root/.cache/uv \
     PATH=/opt/uv/bin:$PATH ACCELERATOR=${ACCELERATOR} python3 scripts/setup.py --extra image
-
-# Lists what an image holds; it is in none itself.
-FROM build AS sbom
 RUN --mount=type=cache,target=/root/.cache/uv \
-    UV_PROJECT_ENVIRONMENT=/opt/sbom /opt/uv/bin/uv sync --quiet --locked --no-install-project --only-group sbom
+    UV_PROJECT_ENVIRONMENT=/opt/sbom /opt/uv/bin/uv sync --quiet --locked --no-install-project --only-group sbom \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+       -o /sbom.cdx.json /opt/finetune
 
 # The operator holds no torch, no Ray and no compiler.
 FROM ${BASE} AS operator
 COPY --from=operator-packages /opt/finetune /opt/finetune
+COPY --from=operator-packages /sbom.cdx.json /opt/finetune/
 COPY --from=wheel /dist /dist
 ENV PATH=/opt/finetune/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
-    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl \
-    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/finetune/sbom.cdx.json /opt/finetune
+    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl
 USER 65532:65532
 ENTRYPOINT ["finetune"]
 CMD ["operator"]
 
 FROM ${BASE} AS trainer
 COPY --from=trainer-packages /opt/finetune /opt/finetune
+COPY --from=trainer-packages /sbom.cdx.json /opt/finetune/
 COPY --from=wheel /dist /dist
 ENV PATH=/opt/finetune/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
-    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl \
-    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/finetune/sbom.cdx.json /opt/finetune
+    /opt/uv/bin/uv pip install --quiet --no-deps --no-cache --python /opt/finetune /dist/*.whl
 USER 65532:65532
 CMD ["finetune"]
