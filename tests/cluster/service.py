@@ -176,6 +176,7 @@ def runtime_spec(s3: S3Server) -> Object:
     port = int(s3.endpoint.rpartition(":")[2])
     return {
         "images": {"trainer": TRAINER, "pullPolicy": "Never"},
+        "accelerator": {"pricePerHour": 0.5},
         "resources": {"memoryPerCpu": "4Gi", "sharedMemory": "256Mi", "scratch": "8Gi", "prepareCpus": 0.5},
         "storage": {"endpoint": s3.endpoint, "region": "us-east-1", "pathStyle": True, "secretName": "storage"},
         "networkPolicy": {"egress": [{"cidr": f"{GATEWAY}/32", "ports": [port]}]},

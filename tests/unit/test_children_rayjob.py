@@ -61,11 +61,12 @@ def test_there_is_time_for_a_checkpoint_before_a_pod_is_killed() -> None:
         ("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "_private/ray_constants.py"),
         ("RAY_JOB_STOP_WAIT_TIME_S", "dashboard/modules/job/job_supervisor.py"),
         ("RAY_USAGE_STATS_ENABLED", "_common/usage/usage_constants.py"),
+        ("RAY_gcs_rpc_server_reconnect_timeout_s", "core/src/ray/raylet/raylet"),
     ],
 )
 def test_ray_reads_the_variables_that_its_pods_are_given(variable: str, file: str) -> None:
     assert environment(pod_templates(built())[0])[variable]
-    assert f'"{variable}"' in Path(str(distribution("ray").locate_file("ray")), file).read_text(encoding="utf-8")
+    assert variable.encode() in Path(str(distribution("ray").locate_file("ray")), file).read_bytes()
 
 
 def test_kuberay_is_told_the_version_of_ray_that_the_image_has() -> None:

@@ -28,6 +28,7 @@ NodeWork = Callable[[RunConfig, Reporter, Callable[[], bool]], None]
 
 _NAMESPACE: Final = "finetune"
 _HEAD: Final = "head"
+_COORDINATOR: Final = "AutoscalingCoordinator"  # Ray Train leaves it on the head for later runs
 _ANSWER_SECONDS: Final = 30.0
 _LOOK_SECONDS: Final = 0.5
 
@@ -112,6 +113,8 @@ class _Leaving(Head):
         node = ray.get_runtime_context().get_node_id()
         while node not in state.get_draining_nodes():
             time.sleep(_LOOK_SECONDS)
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(_COORDINATOR, namespace=_COORDINATOR))
         os._exit(0)
 
 

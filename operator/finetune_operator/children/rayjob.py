@@ -38,6 +38,8 @@ _HEAD_PORTS: Final = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "prog
 _RAY_ENVIRONMENT: Final = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_SECONDS),
     "RAY_JOB_STOP_WAIT_TIME_S": str(_DRAIN_SECONDS),
+    # Workers end this long after their head, which never comes back; the next attempt waits for them.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 # A head that comes back knows nothing of the attempt: workers would be killed and the driver run again, unfenced.
 _RAY_JOB_ANNOTATIONS: Final = {"ray.io/disable-provisioned-head-restart": "true"}
