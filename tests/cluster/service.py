@@ -177,6 +177,7 @@ def runtime_spec(s3: S3Server) -> Object:
     return {
         "images": {"trainer": TRAINER, "pullPolicy": "Never"},
         "accelerator": {"pricePerHour": 0.5},
+        "limits": {"maxCost": 100},
         "resources": {"memoryPerCpu": "4Gi", "sharedMemory": "256Mi", "scratch": "8Gi", "prepareCpus": 0.5},
         "storage": {"endpoint": s3.endpoint, "region": "us-east-1", "pathStyle": True, "secretName": "storage"},
         "networkPolicy": {"egress": [{"cidr": f"{GATEWAY}/32", "ports": [port]}]},
