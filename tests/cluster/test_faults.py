@@ -62,13 +62,17 @@ def test_a_drained_node_gives_its_pods_up_with_a_checkpoint(installed: Service, 
     worker = installed.pods(training, "ray.io/node-type", "worker")[0]
     node = installed.api.get("v1/Pod", worker, installed.namespace)["spec"]["nodeName"]
     try:
-        with measured("node drained: to the end"):
+        with measured("node drained: to the next attempt"):
             installed.kubectl(
                 "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=180s", seconds=200
             )
-            _ends_well(installed, training)
+            status = installed.wait(training, lambda status: status.get("attempt", 1) > 1, 120)
     finally:
-        installed.kubectl("uncordon", node)
+        installed.kubectl("uncordon", node)  # the other node has no room for all
+    at, reached = status["checkpoint"]["step"], status["progress"]["step"]
+    assert reached - at <= 1, "a step of an attempt that was told in time"
+    assert status["attempts"]["retries"] == 0, "it was taken from the budget for preemptions"
+    _ends_well(installed, training)
 
 
 def test_training_does_not_need_the_operator(installed: Service, training: str) -> None:
