@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from finetune_trainer.prepare import deduplicate
 from finetune_trainer.prepare.deduplicate import (
     PERMUTATIONS,
     Duplicates,
+    Pairs,
     SpilledSignatures,
     band_rows,
     find_duplicates,
@@ -38,7 +41,7 @@ def _find(folder: Path, texts: list[str], *, near: bool = True, threshold: float
     hashes.append(np.array([numbers[text] for text in texts], dtype=np.uint64))
     minima = Spill(folder / "minima", np.uint32, PERMUTATIONS)
     minima.append(signatures(texts))
-    found = find_duplicates(hashes, SpilledSignatures(minima) if near else None, threshold)
+    found = find_duplicates(hashes, SpilledSignatures(minima, folder) if near else None, threshold)
     hashes.close()
     minima.close()
     return found
@@ -82,6 +85,29 @@ def test_partitions_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(deduplicate, "_PARTITION", 7)
     monkeypatch.setattr(deduplicate, "COMPARE", 3)
     assert _find(tmp_path, texts).original.tolist() == whole.original.tolist()
+
+
+class _Given:
+    """Pairs in one block, all of them alike."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        self._pairs = np.array(pairs, dtype=np.int64)
+
+    def pairs(self, *_: object) -> Iterator[Pairs]:
+        yield self._pairs[:, 0], self._pairs[:, 1]
+
+    def similarity(self, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return np.ones(len(left))
+
+
+@pytest.mark.parametrize("pairs", [[(0, 3), (1, 3), (2, 3)], [(2, 3), (0, 3), (1, 3)]])
+def test_a_row_repeats_the_first_of_those_that_it_resembles_in_whatever_order_they_come(
+    tmp_path: Path, pairs: list[tuple[int, int]]
+) -> None:
+    hashes = Spill(tmp_path / "hashes", np.uint64)
+    hashes.append(np.arange(4, dtype=np.uint64))
+    assert find_duplicates(hashes, _Given(pairs), 0.9).original.tolist() == [-1, -1, -1, 0]
+    hashes.close()
 
 
 @given(st.floats(0.5, 1))

@@ -24,6 +24,7 @@ class Collection:
 
     def __init__(self, folder: Path, files: Sequence[SourceFile]) -> None:
         folder.mkdir()
+        self.folder = folder  # of all that is kept on disk
         self._files = files
         self.report = ReportBuilder(files)
         self.formats = ["" for _ in files]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -153,14 +154,13 @@ def band_keys(minima: npt.NDArray[np.uint32], size: int) -> Hashes:
 
 def _near(signatures: Signatures, threshold: float, original: npt.NDArray[np.int64], progress: Progress) -> None:
     """Adds near duplicates to `original`, in which exact ones already stand."""
-    candidate = np.full(len(original), -1, dtype=np.int64)
+    none = len(original)
+    candidate = np.full(none, none, dtype=np.int64)
     for first, later in signatures.pairs(band_rows(threshold), original, progress):
         alike = signatures.similarity(first, later) >= threshold
-        first, later = first[alike], later[alike]
-        better = (candidate[later] < 0) | (first < candidate[later])
-        candidate[later[better]] = first[better]
+        np.minimum.at(candidate, later[alike], first[alike])  # a row may stand in several pairs of a block
     # In order of rows, so that a row is measured against one that stays; likeness is not transitive.
-    for row in np.flatnonzero(candidate >= 0):
+    for row in np.flatnonzero(candidate < none):
         kept = original[candidate[row]]
         if kept < 0:
             original[row] = candidate[row]
@@ -169,17 +169,26 @@ def _near(signatures: Signatures, threshold: float, original: npt.NDArray[np.int
 
 
 class SpilledSignatures:
-    """Signatures on this machine's disk."""
+    """Signatures on this machine's disk.
 
-    def __init__(self, minima: Spill[np.uint32]) -> None:
+    Args:
+        minima: the rows' signatures.
+        folder: for keys, 16 bytes a row, where one partition does not hold all rows.
+    """
+
+    def __init__(self, minima: Spill[np.uint32], folder: Path) -> None:
         self._minima = minima
+        self._folder = folder
 
     def pairs(self, size: int, original: npt.NDArray[np.int64], progress: Progress) -> Iterator[Pairs]:
         """See `Signatures`; done are bands."""
         bands = PERMUTATIONS // size
         for band in range(bands):
             progress(band, bands)
-            yield from self._band_pairs(slice(band * size, (band + 1) * size), original)
+            for values, rows in self._partitions(slice(band * size, (band + 1) * size), original):
+                first, later = equal_pairs(values, rows)
+                for start in range(0, len(first), COMPARE):
+                    yield first[start : start + COMPARE], later[start : start + COMPARE]
 
     def similarity(self, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """See `Signatures`."""
@@ -188,20 +197,28 @@ class SpilledSignatures:
     def _gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         return np.array([self._minima.read(row, row + 1)[0] for row in rows.tolist()]).reshape(-1, PERMUTATIONS)
 
-    def _band_pairs(self, band: slice, original: npt.NDArray[np.int64]) -> Iterator[Pairs]:
+    def _partitions(
+        self, band: slice, original: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[Hashes, npt.NDArray[np.int64]]]:
+        """Keys of the band and their rows, by the keys' values. The signatures are read once for all of them."""
         partitions = -(-len(self._minima) // _PARTITION)
-        for partition in range(partitions):
-            values, rows = [], []
+        keys = [Spill(self._folder / f"keys-{number}", np.uint64, 2) for number in range(partitions)]
+        try:
             for start, block in self._minima.blocks():
-                hashed = band_keys(block[:, band], band.stop - band.start)[:, 0]
-                chosen = np.flatnonzero(
-                    (hashed % np.uint64(partitions) == partition) & (original[start : start + len(block)] < 0)
-                )
-                values.append(hashed[chosen])
-                rows.append(chosen + start)
-            first, later = equal_pairs(np.concatenate(values), np.concatenate(rows))
-            for start in range(0, len(first), COMPARE):
-                yield first[start : start + COMPARE], later[start : start + COMPARE]
+                rows = np.flatnonzero(original[start : start + len(block)] < 0)
+                hashed = band_keys(block[rows][:, band], band.stop - band.start)[:, 0]
+                partition = (hashed % np.uint64(partitions)).astype(np.int64)
+                ends = np.cumsum(np.bincount(partition, minlength=partitions))
+                order = np.argsort(partition, kind="stable")  # by row in each partition
+                found = np.stack([hashed, (rows + start).astype(np.uint64)], axis=1)[order]
+                for spill, some in zip(keys, np.split(found, ends[:-1]), strict=True):
+                    spill.append(some)
+            for spill in keys:
+                found = spill.read(0, len(spill))
+                yield found[:, 0], found[:, 1].astype(np.int64)
+        finally:
+            for spill in keys:
+                spill.close()
 
 
 def share_of_equal(left: npt.NDArray[np.uint32], right: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:

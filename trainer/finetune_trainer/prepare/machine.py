@@ -83,7 +83,7 @@ class ThisMachine:
 
     def signatures(self, collection: Collection) -> Signatures:
         """See `Machine`."""
-        return SpilledSignatures(collection.minima)
+        return SpilledSignatures(collection.minima, collection.folder)
 
     def write_split(
         self, folder: Path, split: Split, collection: Collection, layout: Layout, progress: Progress
