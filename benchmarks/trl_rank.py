@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+for tracker in ("mlflow", "wandb"):  # this project's extras: a plain environment of TRL has neither
+    sys.modules[tracker] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 
 class Clock(TrainerCallback):

@@ -8,6 +8,7 @@ export/export.json what was written and how the comparison came out; written las
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import time
@@ -60,6 +61,7 @@ def export(model: PreTrainedModel | PeftModel, run: RunConfig, folder: Path, wor
         ExportError: on all ranks; the weights do not load again or give other logits than `model`.
     """
     started = time.monotonic()
+    _give_freed_memory_back()
     tokens = probe_tokens(run)
     trained = logits(model, tokens, world.device)
     dtype = output_dtype(run.spec.output, Path(run.model_path))
@@ -86,6 +88,13 @@ def export(model: PreTrainedModel | PeftModel, run: RunConfig, folder: Path, wor
         write_json(folder / EXPORT_FILE, result.model_dump(mode="json"))
 
     on_rank_0(world, finish)
+
+
+def _give_freed_memory_back() -> None:
+    """Returns to the system what malloc kept after the steps: rank 0 is about to load the model a second time."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def logits(model: torch.nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
