@@ -74,8 +74,8 @@ setup-tests:
 	@$(PYTHON) scripts/setup.py --tests
 
 .PHONY: tools
-tools: setup ## Build the servers that tests use, each from its own go.mod
-	$(BIN)/python tests/tools/build.py $(filter-out $(NODE_TOOLS),$(notdir $(patsubst %/,%,$(dir $(wildcard tests/tools/*/go.mod)))))
+tools: setup ## Build the servers that tests use, each from its own go.mod or package.json
+	$(BIN)/python tests/tools/build.py $(filter-out $(NODE_TOOLS),$(notdir $(patsubst %/,%,$(dir $(wildcard tests/tools/*/go.mod tests/tools/*/package.json)))))
 
 .PHONY: verify
 verify: lint ## Check style, types, import arrows and that generated files are current

@@ -268,7 +268,7 @@ def test_buckets_are_named_in_the_host_when_the_runtime_says_so(monkeypatch: pyt
 
 def test_googles_library_is_told_where_the_secrets_key_is(secret: Path) -> None:
     (secret / "GOOGLE_APPLICATION_CREDENTIALS_JSON").write_text("{}")
-    assert gcs_options() == {}
+    assert "anonymous" not in gcs_options()
     assert os.environ["GOOGLE_APPLICATION_CREDENTIALS"] == str(secret / "GOOGLE_APPLICATION_CREDENTIALS_JSON")
 
 
@@ -286,3 +286,11 @@ def test_an_azure_account_comes_with_the_first_kind_of_key_there_is(
     assert azure_options("c@a.dfs.core.windows.net", "")[1] == {"account_name": "a", "account_key": "k"}
     with pytest.raises(SpecError, match="names no storage account"):
         azure_options("container", "spec.output.uri")
+
+
+def test_another_azure_than_the_public_cloud_is_named_by_its_endpoint(secret: Path) -> None:
+    (secret / "AZURE_STORAGE_SERVICE_ENDPOINT").write_text("https://a.blob.core.usgovcloudapi.net/")
+    options = azure_options("c@a.dfs.core.windows.net", "")[1]
+    assert options["blob_storage_authority"] == ".blob.core.usgovcloudapi.net", "pyarrow puts the account before it"
+    assert options["dfs_storage_authority"] == ".dfs.core.usgovcloudapi.net"
+    assert options["blob_storage_scheme"] == options["dfs_storage_scheme"] == "https"

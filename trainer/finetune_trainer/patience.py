@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -25,6 +26,11 @@ _FINAL_WORDS: Final = (
     "HTTP status 401",
     "HTTP status 403",
     "HTTP status 404",
+    "] 401 ",  # Azure: its own word stands in the brackets
+    "] 403 ",
+    "] 404 ",
+    "UNAUTHENTICATED",  # Google
+    "PERMISSION_DENIED",
 )
 _PASSING: Final = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EIO, errno.EAGAIN)
 
@@ -61,9 +67,14 @@ def persistently(
             pause = wait * random.uniform(0.5, 1.0)
             if now() - started + pause > patience:
                 raise
-            _log.warning("storage: %s; trying again in %.1f s", " ".join(str(error).split())[:300], pause)
+            _log.warning("storage: %s; trying again in %.1f s", words(str(error))[:300], pause)
             sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def words(said: str) -> str:
+    """What a store said, in one line, without the queries of its URLs: Azure's hold a shared access signature."""
+    return re.sub(r"(://[^\s?]*)\?[^\s']*", r"\1", " ".join(said.split()))
 
 
 def may_pass(error: OSError) -> bool:

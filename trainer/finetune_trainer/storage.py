@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from finetune_api.errors import SpecError, StorageError
-from finetune_trainer.patience import persistently
+from finetune_trainer.patience import persistently, words
 from finetune_trainer.stores import SCHEMES, open_store
 
 _COPY_BYTES: Final = 8 << 20
@@ -147,7 +148,9 @@ def exists(location: Location) -> bool:
 
 
 def read_bytes(location: Location) -> bytes | None:
-    """What a small file holds; None when there is no such file.
+    """What a small file holds; None when there is no such file, or an empty one.
+
+    pyarrow makes an Azure blob empty before it fills it: who finds it so came in between, or its writer was killed.
 
     Raises:
         StorageError: it cannot be read.
@@ -161,7 +164,7 @@ def read_bytes(location: Location) -> bytes | None:
         return content
 
     with explained(location.uri):
-        return persistently(read) if _info(location).type == pafs.FileType.File else None
+        return persistently(read) or None if _info(location).type == pafs.FileType.File else None
 
 
 def download(source: Location, target: Path, digest: str | None = None) -> None:
@@ -257,7 +260,16 @@ def remove_folder(location: Location) -> None:
     """
     with explained(location.uri):
         if _info(location).type != pafs.FileType.NotFound:
-            persistently(lambda: location.fs.delete_dir(location.path))
+            persistently(lambda: _delete_folder(location))
+
+
+def _delete_folder(location: Location) -> None:
+    try:
+        location.fs.delete_dir(location.path)
+    except FileNotFoundError:
+        # On GCS pyarrow wants to delete a file `folder/`, too, which is there only when create_dir made the folder.
+        if location.fs.get_file_info(location.path).type != pafs.FileType.NotFound:
+            raise
 
 
 def remove_file(location: Location) -> None:
@@ -301,7 +313,7 @@ def explained(where: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = " ".join((error.strerror or str(error)).split())
+        said = words(error.strerror or str(error))
         raise StorageError(said, where=where, hint=hint or _hint(said)) from None
 
 
@@ -313,12 +325,22 @@ def _hint(said: str) -> str:
         "ACCESS_DENIED": "check that the credentials may read (or write) this bucket",
         "INVALID_ACCESS_KEY_ID": "check AWS_ACCESS_KEY_ID",
         "SIGNATURE": "check AWS_SECRET_ACCESS_KEY",
+        "ContainerNotFound": "check the container's name and the account's",
+        "AuthorizationPermissionMismatch": "check that the identity may read (or write) this container",
+        "[Auth": "check AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, and the account's name",
+        "Base64": "check AZURE_STORAGE_KEY",
+        "Fail to get a new connection": "check the account's name and that this machine reaches it",
+        "NOT_FOUND": "check the bucket's name",
+        "PERMISSION_DENIED": "check that the identity may read (or write) this bucket",
+        "ServiceAccountCredentials": "check GOOGLE_APPLICATION_CREDENTIALS_JSON",
         "NETWORK_CONNECTION": "check AWS_ENDPOINT_URL and that this machine reaches it",
         "No space left": "free some disk space and run the same command again",
         "Permission denied": "check who owns the file",
+        "AWS Error": "check the bucket, the credentials and AWS_ENDPOINT_URL",
+        "Azure Error": "check the container, the account and its key",
+        "google::cloud": "check the bucket and the credentials",
     }
-    otherwise = "check the bucket, the credentials and AWS_ENDPOINT_URL" if "AWS Error" in said else ""
-    return next((hint for word, hint in known.items() if word in said), otherwise)
+    return next((hint for word, hint in known.items() if word in said), "")
 
 
 @functools.lru_cache(maxsize=64)
@@ -333,7 +355,12 @@ def _reopened(uri: str, path: str) -> Location:
 
 
 def _info(location: Location) -> pafs.FileInfo:
-    return persistently(lambda: location.fs.get_file_info(location.path))
+    try:
+        return persistently(lambda: location.fs.get_file_info(location.path))
+    except (
+        pa.ArrowException
+    ) as error:  # of keys that are none, which Azure's and Google's libraries tell at the first use
+        raise OSError(str(error)) from None
 
 
 def _on_disk(path: Path, uri: str) -> Location:

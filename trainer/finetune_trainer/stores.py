@@ -7,6 +7,7 @@ environment variables. Without keys the machine's or pod's own identity is used.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ SCHEMES: Final = ("s3", "gs", "abfs", "abfss")
 _CONNECT_SECONDS: Final = 10.0
 _REQUEST_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3  # at once, of one request; `storage` tries for longer
+_GCS_RETRIES: Final = timedelta(seconds=5)  # of one request; its default is 15 minutes
 _AZURE_HOST: Final = ".dfs.core.windows.net"
 
 
@@ -80,10 +82,11 @@ def gcs_options() -> dict[str, Any]:
     """Arguments of GcsFileSystem. The key's file is named to Google's library by its own environment variable."""
     if file := secret_file("GOOGLE_APPLICATION_CREDENTIALS_JSON"):
         os.environ["GOOGLE_APPLICATION_CREDENTIALS"] = str(file)
+    options: dict[str, Any] = {"retry_time_limit": _GCS_RETRIES}
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         parts = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
-        return {"anonymous": True, "scheme": parts.scheme, "endpoint_override": parts.netloc}
-    return {}
+        options |= {"anonymous": True, "scheme": parts.scheme, "endpoint_override": parts.netloc}
+    return options
 
 
 def azure_options(netloc: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -103,7 +106,7 @@ def azure_options(netloc: str, where: str) -> tuple[str, dict[str, Any]]:
             where=where,
             hint=f"write abfs://CONTAINER@ACCOUNT{_AZURE_HOST}/KEY, or set AZURE_STORAGE_ACCOUNT",
         )
-    options: dict[str, Any] = {"account_name": account}
+    options: dict[str, Any] = {"account_name": account} | _azure_endpoint(account)
     keys = {
         "account_key": "AZURE_STORAGE_KEY",
         "sas_token": "AZURE_STORAGE_SAS_TOKEN",
@@ -115,7 +118,22 @@ def azure_options(netloc: str, where: str) -> tuple[str, dict[str, Any]]:
     if "account_key" in found:
         found = {"account_key": found["account_key"]}
     elif "sas_token" in found:
-        found = {"sas_token": found["sas_token"]}
+        # pyarrow appends it to the URL as it is; the portal shows it with the question mark, `az` without.
+        found = {"sas_token": "?" + found["sas_token"].removeprefix("?")}
     elif "client_secret" not in found:
         found = {}  # a client without a secret is a workload identity, which the library reads by itself
     return container, options | found
+
+
+def _azure_endpoint(account: str) -> dict[str, str]:
+    """Arguments for another Azure than the public one, or for an emulator, which has the account in the path."""
+    parts = urlsplit(secret("AZURE_STORAGE_SERVICE_ENDPOINT") or "")
+    if not parts.netloc:
+        return {}
+    blob = parts.netloc.removeprefix(account) if parts.netloc.startswith(f"{account}.") else parts.netloc
+    return {
+        "blob_storage_scheme": parts.scheme,
+        "blob_storage_authority": blob,
+        "dfs_storage_scheme": parts.scheme,
+        "dfs_storage_authority": blob.replace(".blob.", ".dfs.", 1),
+    }

@@ -69,9 +69,13 @@ class Catalog:
         Raises:
             StorageError: the storage does not answer.
         """
+        # Recursively: of GCS pyarrow lists files, but no folders.
+        selector = pafs.FileSelector(self.root.path, allow_not_found=True, recursive=True)
         with storage.explained(self.root.uri):
-            below = self.root.fs.get_file_info(pafs.FileSelector(self.root.path, allow_not_found=True))
-        return sorted(i.base_name for i in below if i.type == pafs.FileType.Directory and i.base_name[:5] == "step-")
+            below = self.root.fs.get_file_info(selector)
+        folders = (i.path if i.type == pafs.FileType.Directory else i.path.rpartition("/")[0] for i in below)
+        names = {folder.removeprefix(self.root.path).strip("/").partition("/")[0] for folder in folders}
+        return sorted(name for name in names if name.startswith("step-"))
 
     def complete(self) -> tuple[list[Checkpoint], list[Broken]]:
         """Checkpoints with a good marker, newest first, and folders with a broken one.
@@ -120,13 +124,8 @@ class Catalog:
         Raises:
             StorageError: it cannot be deleted.
         """
-        folder = self.folder(name)
-        marker = folder.inside(MARKER)
-        with storage.explained(folder.uri):
-            if folder.fs.get_file_info(marker.path).type == pafs.FileType.File:
-                folder.fs.delete_file(marker.path)
-            if folder.fs.get_file_info(folder.path).type == pafs.FileType.Directory:
-                folder.fs.delete_dir(folder.path)
+        storage.remove_file(self.folder(name).inside(MARKER))
+        storage.remove_folder(self.folder(name))
 
     def prune(self, keep: int) -> None:
         """Deletes all but the newest `keep` complete checkpoints, and what unfinished ones left before the newest.
