@@ -38,8 +38,8 @@ def azurite(folder: Path) -> Iterator[dict[str, str]]:
     """
     port, key = free_port(), base64.b64encode(os.urandom(64)).decode()
     main = build("azurite") / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
-    command = [*node(), str(main), "--blobPort", str(port), "--inMemoryPersistence", "--disableTelemetry", "--silent"]
-    command.append("--skipApiVersionCheck")  # pyarrow 26 speaks 2026-10-06, which this one does not know yet
+    command = [str(node()), str(main), "--blobPort", str(port), "--inMemoryPersistence", "--disableTelemetry"]
+    command += ["--silent", "--skipApiVersionCheck"]  # pyarrow 26 speaks 2026-10-06, which this one does not know yet
     with _running(command, folder, port, {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{key}"}):
         yield {
             "AZURE_STORAGE_SERVICE_ENDPOINT": f"http://127.0.0.1:{port}/{ACCOUNT}",

@@ -67,13 +67,14 @@ def build(module: str) -> Path:
     return _made(module, [go_mod, (source / "go.sum").read_text(), *flags, *DATA.get(module, ())], compile_into)
 
 
-def node() -> list[str]:
-    """The command that starts Node.
+def node() -> Path:
+    """Node itself: what starts it would not pass a signal on.
 
     Raises:
         FileNotFoundError: neither Node nor uv is there.
     """
-    return _program("node", NODE_PACKAGE)
+    command = [*_program("node", NODE_PACKAGE), "--print", "process.execPath"]
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def _made(module: str, inputs: list[str], make: Callable[[Path], None]) -> Path:
