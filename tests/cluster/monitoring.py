@@ -30,8 +30,8 @@ _PORT: Final = 9090
 
 
 @contextmanager
-def prometheus(kubeconfig: Path, chart: list[Object], seconds: float = 60) -> Iterator[Prometheus]:
-    """Installs it in a namespace of its own, and yields it when it serves.
+def monitored(kubeconfig: Path, chart: list[Object], seconds: float = 60) -> Iterator[None]:
+    """Prometheus in a namespace of its own, for the time of the block; it serves when that begins.
 
     Args:
         chart: the chart's manifests, with PodMonitors and a PrometheusRule.
@@ -42,8 +42,14 @@ def prometheus(kubeconfig: Path, chart: list[Object], seconds: float = 60) -> It
         api.wait_for(
             "apps/v1/Deployment", _NAME, NAMESPACE, lambda found: found["status"].get("readyReplicas") == 1, seconds
         )
-        (pod,) = api.list("v1/Pod", NAMESPACE, {"app": _NAME})
-        yield Prometheus(f"http://{pod['status']['podIP']}:{_PORT}")
+        yield
+
+
+def prometheus(api: Api) -> Prometheus:
+    """The Prometheus that runs now: after its node was drained it is another pod, without what the one before knew."""
+    pods = api.list("v1/Pod", NAMESPACE, {"app": _NAME})
+    (address,) = [pod["status"]["podIP"] for pod in pods if pod["status"]["phase"] == "Running"]
+    return Prometheus(f"http://{address}:{_PORT}")
 
 
 def _install(api: Api, monitors: list[Object], rules: list[Object], url: str) -> None:

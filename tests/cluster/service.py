@@ -43,7 +43,11 @@ class Service:
     s3: S3Server
     kubectl: Kubectl
     namespace: str
-    prometheus: Prometheus
+
+    @property
+    def prometheus(self) -> Prometheus:
+        """What scrapes operator and jobs."""
+        return monitoring.prometheus(self.api)
 
     @property
     def bucket(self) -> Path:
@@ -146,8 +150,8 @@ def service(lab: Lab, api: Api, folder: Path) -> Iterator[Service]:
             api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": _RESTRICTED}})
             api.create(secret, namespace=name)
         install_crds(api, [build("prometheus-operator") / f"monitoring.coreos.com_{each}.yaml" for each in _MONITORING])
-        with monitoring.prometheus(lab.cluster.kubeconfig, template(values(s3))) as prometheus:
-            installed = Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace, prometheus)
+        with monitoring.monitored(lab.cluster.kubeconfig, template(values(s3))):
+            installed = Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace)
             installed.install()
             installed.install()  # runtimes come with the second: before, the cluster has no such kind
             yield installed

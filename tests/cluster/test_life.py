@@ -107,23 +107,18 @@ def test_a_person_reads_the_status_with_kubectl(installed: Service, life: Life) 
 
 
 def test_prometheus_has_the_metrics_of_operator_and_training(installed: Service, life: Life) -> None:
-    found = {name: installed.prometheus.query(f'count_over_time({name}{{name=~"chat|"}}[1h])') for name in METRICS}
+    prometheus = installed.prometheus
+    found = {name: prometheus.query(f'count_over_time({name}{{name=~"chat|"}}[1h])') for name in METRICS}
     assert [name for name, series in found.items() if not series] == []
     missing = [
         place
         for place, query in panel_queries()
-        if not metrics_of(query) <= NEEDS_GPU | UNEVENTFUL and not installed.prometheus.series(_filled(query), "", 600)
+        if not metrics_of(query) <= NEEDS_GPU | UNEVENTFUL and not prometheus.series(_filled(query), "", 600)
     ]
     assert missing == []
     if folder := pictures.folder():
         for name, dashboard in dashboards().items():
-            draw(
-                dashboard,
-                installed.prometheus,
-                _filled,
-                round(life.phases["Complete"]) + 20,
-                folder / f"lab-{name}.png",
-            )
+            draw(dashboard, prometheus, _filled, round(life.phases["Complete"]) + 20, folder / f"lab-{name}.png")
 
 
 def _filled(query: str) -> str:
