@@ -62,6 +62,7 @@ CHOICES: Final[dict[str, tuple[str, dict[str, Any], Change | None, int]]] = {
     "dense": ("transformers' sdpa over the packed row: a dense mask", {}, _dense_mask, 1),
     "padded": ("a document a row, padded to the longest of eight", {}, None, 1),
     "recomputed": ("activations recomputed", {"activationCheckpointing": True}, None, 1),
+    "half": ("… of every second block", {"activationCheckpointing": True, "recomputeEvery": 2}, None, 1),
     "float32": ("fp32", {"precision": "fp32"}, None, 1),
     "two": ("micro-batches of 2 sequences", {"microBatch": 2}, None, 1),
     "eight": ("micro-batches of 8 sequences", {"microBatch": 8}, None, 1),

@@ -215,6 +215,12 @@ class Training(Model):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seeds initialisation, data order and dropout.")
     precision: Precision = Field("bf16", description="Arithmetic of forward and backward; fp16 only on GPUs.")
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    recompute_every: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Every how manieth block recomputes them: 2 saves half as much, for half the time.",
+    )
     evaluate_every_steps: PositiveCount | None = Field(
         None, description="Evaluate this often. Always at the start and at the end."
     )

@@ -188,6 +188,14 @@ JOB_RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "spec.training",
+        ("recomputeEvery", "activationCheckpointing"),
+        "self.recomputeEvery == 1 || self.activationCheckpointing",
+        "no activations are recomputed, so it makes no difference in which blocks",
+        "set training.activationCheckpointing too",
+        lambda training: training["recomputeEvery"] == 1 or training["activationCheckpointing"],
+    ),
+    Rule(
+        "spec.training",
         ("warmup", "maxSteps"),
         "!has(self.maxSteps) || self.warmup < 1.0 || self.warmup <= double(self.maxSteps)",
         "the warm-up is longer than the run, so the learning rate never gets to its peak",

@@ -30,12 +30,13 @@ LORA = {"rank": 8, "alpha": 16}
 CASES = [
     (stage, tuning, precision, recomputed, 1, "sft")
     for stage, tuning, precision in itertools.product((0, 1, 2, 3), ("full", "lora"), ("fp32", "bf16"))
-    for recomputed in ((False, True) if stage == 2 and precision == "bf16" else (False,))
+    for recomputed in ((0, 1) if stage == 2 and precision == "bf16" else (0,))
 ]
-CASES += [(2, "full", "bf16", False, 2, "sft"), (3, "lora", "bf16", True, 2, "sft")]
-CASES += [(2, "full", "bf16", False, 1, "dpo"), (2, "lora", "fp32", False, 1, "dpo")]
-# ZeRO stage, tuning, precision, recomputed activations, workers of a sequence, objective
-Case = tuple[int, str, str, bool, int, str]
+CASES += [(2, "full", "bf16", 0, 2, "sft"), (3, "lora", "bf16", 1, 2, "sft"), (2, "full", "bf16", 2, 1, "sft")]
+CASES += [(2, "full", "bf16", 0, 1, "dpo"), (2, "lora", "fp32", 0, 1, "dpo")]
+# ZeRO stage, tuning, precision, n if each n-th block recomputes activations or 0, workers of a sequence,
+# objective
+Case = tuple[int, str, str, int, int, str]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,11 @@ def job(model: Path, case: Case) -> RunConfig:
         model,
         method={"tuning": tuning, "lora": LORA, "objective": objective},
         data={"sequenceLength": TOKENS},
-        training={"precision": precision, "activationCheckpointing": recomputed},
+        training={
+            "precision": precision,
+            "activationCheckpointing": recomputed > 0,
+            "recomputeEvery": max(1, recomputed),
+        },
         deepspeed={"zeroStage": stage, "sequenceParallel": shared, "config": {"zero_optimization": zero}},
     )
 

@@ -118,13 +118,14 @@ def test_an_unknown_target_module_is_an_error_that_lists_the_known(tmp_path: Pat
 
 def test_activation_checkpointing_changes_no_loss(tmp_path: Path, model: Path) -> None:
     losses = []
-    for kind in (False, True):
+    for recomputed, every in ((False, 1), (True, 1), (True, 2)):
+        training = {"activationCheckpointing": recomputed, "recomputeEvery": every}
         run = small_run(
-            tmp_path / str(kind), model, training={"maxSteps": 3, "activationCheckpointing": kind, "precision": "fp32"}
+            tmp_path / f"{recomputed}-{every}", model, training={"maxSteps": 3, "precision": "fp32"} | training
         )
         run_to_end(run)
         losses.append([event["loss"] for event in events(run, "step")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
 
 
 def test_a_terminated_process_checkpoints_and_the_same_command_goes_on(tmp_path: Path, model: Path) -> None:

@@ -134,6 +134,7 @@ BROKEN_JOBS: list[Broken] = [
         "given twice",
     ),
     Broken({"spec.training.tokensPerBatch": 2047}, "spec.training.tokensPerBatch", "smaller than one sequence"),
+    Broken({"spec.training.recomputeEvery": 2}, "spec.training.recomputeEvery", "no activations are recomputed"),
     Broken({"spec.training.maxSteps": 10, "spec.training.warmup": 11}, "spec.training.warmup", "longer than the run"),
     Broken(
         {"spec.training.schedule": "wsd", "spec.training.warmup": 0.5, "spec.training.decay": 0.6},

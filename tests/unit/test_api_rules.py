@@ -67,6 +67,8 @@ _CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "spec.training.maxSteps": st.integers(1, 20),
     "spec.training.warmup": st.one_of(st.integers(0, 20), st.floats(0, 20)),
     "spec.training.decay": st.floats(0, 1),
+    "spec.training.activationCheckpointing": st.booleans(),
+    "spec.training.recomputeEvery": st.integers(1, 3),
     "spec.training.schedule": st.sampled_from(["cosine", "wsd"]),
     "spec.training.precision": st.sampled_from(["bf16", "fp16"]),
     "spec.training.evaluateEverySteps": st.integers(1, 5),

@@ -131,6 +131,17 @@ def test_recomputed_activations_take_less(model: Path) -> None:
     assert again.memory.activations < kept.memory.activations / 10
 
 
+def test_activations_of_every_second_block_take_half(model: Path) -> None:
+    kept, half, none = (
+        plan(spec(training={"activationCheckpointing": again, "recomputeEvery": every}), model, Device()).fit
+        for again, every in ((False, 1), (True, 2), (True, 1))
+    )
+    assert kept
+    assert half
+    assert none
+    assert half.memory.activations == pytest.approx((kept.memory.activations + none.memory.activations) / 2, rel=0.1)
+
+
 def test_workers_that_share_a_sequence_hold_a_part_of_its_activations(model: Path) -> None:
     alone, shared = (
         plan(spec(method={"tuning": "full"}, deepspeed={"zeroStage": 2, "sequenceParallel": n}), model, Device()).fit

@@ -39,8 +39,19 @@ def load_model(path: str | Path, spec: FinetuneJobSpec, deepspeed_config: dict[s
         attention.register()
         inner_model(model).set_attn_implementation(attention.NAME)
     if spec.training.activation_checkpointing:
-        inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model, spec.training.recompute_every)
     return model
+
+
+def recompute_activations(model: nn.Module, every: int) -> None:
+    """Lets the first of each `every` blocks of a model compute its activations again in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    base = inner_model(model)
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, block in enumerate(blocks):
+        block.gradient_checkpointing = number % every == 0
 
 
 def _announce_zero3(config: dict[str, Any]) -> object:

@@ -357,9 +357,7 @@ def _reopened(uri: str, path: str) -> Location:
 def _info(location: Location) -> pafs.FileInfo:
     try:
         return persistently(lambda: location.fs.get_file_info(location.path))
-    except (
-        pa.ArrowException
-    ) as error:  # of keys that are none, which Azure's and Google's libraries tell at the first use
+    except pa.ArrowException as error:  # keys that are none: Azure's and Google's libraries tell it at the first use
         raise OSError(str(error)) from None
 
 

@@ -139,7 +139,8 @@ class Planner:
         tokens = -(-training.micro_batch * spec.data.sequence_length // (shared * _MULTIPLE)) * _MULTIPLE
         lora = method.lora.model_dump_json() if method.tuning == "lora" else None
         dpo = method.dpo if method.objective == "dpo" else None
-        key = (tokens, shared, lora, training.precision, training.activation_checkpointing, dpo is None)
+        recomputed = training.activation_checkpointing and training.recompute_every
+        key = (tokens, shared, lora, training.precision, recomputed, dpo is None)
         if key not in self._followed:
             model = build(self._folder, spec)
             self._followed[key] = sizes(model), trace(model, tokens, self._device, dpo)
@@ -162,6 +163,8 @@ def _steps(spec: FinetuneJobSpec, shares: list[int]) -> Iterator[_Step]:
         yield _step("deepspeed.zeroStage", 2)
     if not training.activation_checkpointing:
         yield _step("training.activationCheckpointing", True)
+    elif training.recompute_every > 1:
+        yield _step("training.recomputeEvery", 1)
     if world_size(spec) > 1 and deepspeed.zero_stage in (0, 1, 2):
         yield _step("deepspeed.zeroStage", 3)
     if deepspeed.offload.optimizer == "none":

@@ -49,5 +49,6 @@ def speed(model: Any, spec: FinetuneJobSpec, *, world_size: int, peak: float) ->
     mfu = MFU
     if spec.training.activation_checkpointing:
         # One more forward pass: 8 operations a weight instead of 6, and 6 instead of 4 where it is frozen.
-        mfu *= 6 / 8 if spec.method.tuning == "full" else 4 / 6
+        once, again = 6 if spec.method.tuning == "full" else 4, 2 / spec.training.recompute_every
+        mfu *= once / (once + again)
     return Speed(tokens_per_second=world_size * peak * mfu / operations, mfu=mfu)

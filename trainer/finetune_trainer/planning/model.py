@@ -25,7 +25,13 @@ from finetune_api.errors import ModelError
 from finetune_api.job import Dpo, FinetuneJobSpec
 from finetune_trainer.batches import MicroBatch
 from finetune_trainer.loss import LanguageModelLoss
-from finetune_trainer.model import DTYPES, add_adapters, check_shared_sequence, supports_packed_attention
+from finetune_trainer.model import (
+    DTYPES,
+    add_adapters,
+    check_shared_sequence,
+    recompute_activations,
+    supports_packed_attention,
+)
 from finetune_trainer.preference import PreferenceLoss
 from finetune_trainer.weights import inner_model
 
@@ -76,7 +82,7 @@ def build(folder: Path, spec: FinetuneJobSpec) -> Any:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
         if spec.training.activation_checkpointing:
-            inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model, spec.training.recompute_every)
     check_shared_sequence(model, spec.deepspeed.sequence_parallel)
     model.train()
     return model

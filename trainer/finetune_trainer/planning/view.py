@@ -51,7 +51,9 @@ def _facts(plan: JobPlan, name: str) -> Iterator[tuple[str, str]]:
         chosen = ", chosen" if spec.deepspeed.zero_stage == "auto" else ""
         yield "ZeRO stage", f"{plan.fit.stage}{chosen}"
     rows = f"{spec.training.micro_batch} × {spec.data.sequence_length:,} tokens"
-    again = ", activations recomputed" if spec.training.activation_checkpointing else ""
+    every = spec.training.recompute_every
+    blocks = "" if every == 1 else f" in one of {every} blocks"
+    again = f", activations recomputed{blocks}" if spec.training.activation_checkpointing else ""
     yield "micro-batch", rows + again
     if plan.steps is None:
         yield "steps", "not known before the rows are prepared"
