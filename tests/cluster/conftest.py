@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.api.cluster import Cluster
 from tests.api.objects import Api, fresh_namespace
 from tests.cluster.lab import Lab, lab
 from tests.cluster.service import Service, service
@@ -15,11 +16,15 @@ from tests.cluster.service import Service, service
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A cluster with two nodes, DNS, KubeRay and the images."""
+    """A cluster with two nodes, DNS, KubeRay and the images; or another one: see docs/contributing.md."""
+    folder = tmp_path_factory.mktemp("lab")
+    if kubeconfig := os.environ.get("FINETUNE_TEST_KUBECONFIG"):
+        yield Lab(Cluster(folder, Path(kubeconfig), local=False), os.environ["FINETUNE_TEST_ADDRESS"])
+        return
     images = os.environ.get("FINETUNE_LAB_IMAGES")
     if images is None:
         pytest.skip("needs root and namespaces of its own: make e2e")
-    with lab(tmp_path_factory.mktemp("lab"), Path(images)) as found:
+    with lab(folder, Path(images)) as found:
         yield found
 
 

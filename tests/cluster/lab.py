@@ -24,7 +24,7 @@ from tests.api.cluster import (
 )
 from tests.api.objects import Api
 from tests.cluster.network import GATEWAY, NodeNetwork, make_bridge, make_node
-from tests.cluster.node import Node, remove_cgroups, start_node
+from tests.cluster.node import remove_cgroups, start_node
 from tests.cluster.policies import Policies
 from tests.cluster.system import install_system
 from tests.tools.build import build
@@ -39,13 +39,12 @@ _USERS: Final = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lab:
-    """A running cluster with nodes."""
+    """A running cluster with nodes, and this machine's address as its pods see it."""
 
     cluster: Cluster
-    nodes: list[Node]
-    programs: Programs
+    address: str
 
 
 @contextmanager
@@ -98,13 +97,14 @@ def lab(folder: Path, images: Path, memory: str = "7Gi") -> Iterator[Lab]:
         networks: list[NodeNetwork] = []
         for index in range(1, NODES + 1):
             networks.append(make_node(index, networks))
-        nodes = [start_node(c, programs, network, images, memory) for network in networks]
+        for network in networks:
+            start_node(c, programs, network, images, memory)
         programs.wait(lambda: len(_ready_nodes(api)) == NODES, "the nodes")
         policies = Policies(c.kubeconfig, networks)
         policies.start()
         stack.callback(policies.stop)
         install_system(api)
-        yield Lab(c, nodes, programs)
+        yield Lab(c, GATEWAY)
 
 
 def _ready_nodes(api: Api) -> list[str]:

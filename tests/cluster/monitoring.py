@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Final
 
 import yaml
@@ -20,7 +20,7 @@ import yaml
 from tests.api.objects import Api, Object
 from tests.api.prometheus import SCRAPE_SECONDS, Prometheus
 from tests.chart.helm import of_kind
-from tests.cluster.network import GATEWAY
+from tests.cluster.kubectl import Kubectl
 from tests.cluster.policies import selects
 from tests.cluster.system import account, deployment, object_of
 
@@ -30,26 +30,32 @@ _PORT: Final = 9090
 
 
 @contextmanager
-def monitored(kubeconfig: Path, chart: list[Object], seconds: float = 60) -> Iterator[None]:
-    """Prometheus in a namespace of its own, for the time of the block; it serves when that begins.
+def prometheus(kubectl: Kubectl, chart: list[Object], address: str, seconds: float = 60) -> Iterator[Prometheus]:
+    """Installs it in a namespace of its own, and yields it when it serves; it is asked through the API server.
 
     Args:
         chart: the chart's manifests, with PodMonitors and a PrometheusRule.
+        address: this machine's, as pods see it.
     """
     monitors = of_kind(chart, "PodMonitor")
-    with Api(kubeconfig) as api, _discovery(api, monitors) as url:
+    with Api(kubectl.kubeconfig) as api, _discovery(api, monitors, address) as url:
         _install(api, monitors, of_kind(chart, "PrometheusRule"), url)
         api.wait_for(
             "apps/v1/Deployment", _NAME, NAMESPACE, lambda found: found["status"].get("readyReplicas") == 1, seconds
         )
-        yield
+        with _proxy(kubectl) as server:
+            yield Prometheus(f"{server}/api/v1/namespaces/{NAMESPACE}/services/{_NAME}:{_PORT}/proxy")
 
 
-def prometheus(api: Api) -> Prometheus:
-    """The Prometheus that runs now: after its node was drained it is another pod, without what the one before knew."""
-    pods = api.list("v1/Pod", NAMESPACE, {"app": _NAME})
-    (address,) = [pod["status"]["podIP"] for pod in pods if pod["status"]["phase"] == "Running"]
-    return Prometheus(f"http://{address}:{_PORT}")
+@contextmanager
+def _proxy(kubectl: Kubectl) -> Iterator[str]:
+    """The API server on loopback, without a password."""
+    with subprocess.Popen(kubectl.command("proxy", "--port=0"), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            yield f"http://{process.stdout.readline().split()[-1]}"  # Starting to serve on ADDRESS:PORT
+        finally:
+            process.terminate()
 
 
 def _install(api: Api, monitors: list[Object], rules: list[Object], url: str) -> None:
@@ -82,12 +88,13 @@ def _install(api: Api, monitors: list[Object], rules: list[Object], url: str) ->
         *account(_NAME, NAMESPACE, []),
         object_of("v1", "ConfigMap", _NAME, NAMESPACE, data=files),
         deployment(_NAME, NAMESPACE, {"app": _NAME}, _NAME, container, volumes),
+        object_of("v1", "Service", _NAME, NAMESPACE, spec={"selector": {"app": _NAME}, "ports": [{"port": _PORT}]}),
     ):
         api.apply(manifest)
 
 
 @contextmanager
-def _discovery(api: Api, monitors: list[Object]) -> Iterator[str]:
+def _discovery(api: Api, monitors: list[Object], address: str) -> Iterator[str]:
     """Serves the targets of monitor N at URL/N, as Prometheus's HTTP discovery wants them."""
     lock = threading.Lock()  # one connection to the API server
 
@@ -103,11 +110,11 @@ def _discovery(api: Api, monitors: list[Object]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer((GATEWAY, 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     thread = threading.Thread(target=server.serve_forever, name="discovery")
     thread.start()
     try:
-        yield f"http://{GATEWAY}:{server.server_port}"
+        yield f"http://{address}:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

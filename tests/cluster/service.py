@@ -20,7 +20,6 @@ from tests.cluster import monitoring
 from tests.cluster.images import OPERATOR, TRAINER
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.lab import Lab
-from tests.cluster.network import GATEWAY
 from tests.s3 import S3Server, s3_server
 from tests.tiny import tiny_llama
 from tests.tools.build import build
@@ -43,16 +42,17 @@ class Service:
     s3: S3Server
     kubectl: Kubectl
     namespace: str
-
-    @property
-    def prometheus(self) -> Prometheus:
-        """What scrapes operator and jobs."""
-        return monitoring.prometheus(self.api)
+    prometheus: Prometheus
 
     @property
     def bucket(self) -> Path:
         """The team's bucket, as the folder that the S3 server keeps it in."""
         return self.s3.root / BUCKET
+
+    @property
+    def values(self) -> Object:
+        """What this cluster's engineer gives the chart."""
+        return _values(self.s3, self.lab.address)
 
     def helm(self, verb: str, *arguments: str | Path, given: bool = True) -> str:
         """A command about the release, with the values of this cluster if it takes any; what it prints."""
@@ -62,7 +62,7 @@ class Service:
             RELEASE,
             *arguments,
             *where,
-            values=values(self.s3) if given else None,
+            values=self.values if given else None,
             kubeconfig=self.lab.cluster.kubeconfig,
         )
 
@@ -116,7 +116,7 @@ class Service:
     @contextmanager
     def another_runtime(self, name: str, **changes: Any) -> Iterator[None]:
         """A runtime like the lab's, with `changes` in its spec."""
-        spec = runtime_spec(self.s3) | changes
+        spec = self.values["runtimes"]["lab"] | changes
         self.api.create(
             {"apiVersion": API_VERSION, "kind": "FinetuneRuntime", "metadata": {"name": name}, "spec": spec}
         )
@@ -139,7 +139,7 @@ class Service:
 @contextmanager
 def service(lab: Lab, api: Api, folder: Path) -> Iterator[Service]:
     """Installs everything into the lab."""
-    with s3_server(folder, host=GATEWAY) as s3:
+    with s3_server(folder, host=lab.address) as s3:
         namespace = "team"
         bucket = s3.root / BUCKET
         bucket.mkdir()
@@ -150,21 +150,21 @@ def service(lab: Lab, api: Api, folder: Path) -> Iterator[Service]:
             api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": _RESTRICTED}})
             api.create(secret, namespace=name)
         install_crds(api, [build("prometheus-operator") / f"monitoring.coreos.com_{each}.yaml" for each in _MONITORING])
-        with monitoring.monitored(lab.cluster.kubeconfig, template(values(s3))):
-            installed = Service(lab, api, s3, Kubectl(lab.cluster.kubeconfig), namespace)
+        kubectl, chart = Kubectl(lab.cluster.kubeconfig), template(_values(s3, lab.address))
+        with monitoring.prometheus(kubectl, chart, lab.address) as prometheus:
+            installed = Service(lab, api, s3, kubectl, namespace, prometheus)
             installed.install()
             installed.install()  # runtimes come with the second: before, the cluster has no such kind
             yield installed
 
 
-def values(s3: S3Server) -> Object:
-    """What this cluster's engineer gives the chart."""
+def _values(s3: S3Server, address: str) -> Object:
     registry, _, repository = OPERATOR.rpartition("/")
     repository, tag = repository.split(":")
     return {
         "image": {"registry": registry, "repository": repository, "tag": tag, "pullPolicy": "Never"},
         "resources": {"cpu": "50m", "memory": "512Mi"},
-        "runtimes": {"lab": runtime_spec(s3)},
+        "runtimes": {"lab": _runtime(s3, address)},
         "monitoring": {
             "namespaces": [monitoring.NAMESPACE],
             "podMonitors": {"enabled": True},
@@ -175,7 +175,7 @@ def values(s3: S3Server) -> Object:
     }
 
 
-def runtime_spec(s3: S3Server) -> Object:
+def _runtime(s3: S3Server, address: str) -> Object:
     """A runtime of small CPU workers that reach the S3 server and nothing else."""
     port = int(s3.endpoint.rpartition(":")[2])
     return {
@@ -184,7 +184,7 @@ def runtime_spec(s3: S3Server) -> Object:
         "limits": {"maxCost": 100},
         "resources": {"memoryPerCpu": "4Gi", "sharedMemory": "256Mi", "scratch": "8Gi", "prepareCpus": 0.5},
         "storage": {"endpoint": s3.endpoint, "region": "us-east-1", "pathStyle": True, "secretName": "storage"},
-        "networkPolicy": {"egress": [{"cidr": f"{GATEWAY}/32", "ports": [port]}]},
+        "networkPolicy": {"egress": [{"cidr": f"{address}/32", "ports": [port]}]},
     }
 
 

@@ -21,8 +21,10 @@ def _pod(name: str, node: str, *command: str) -> Object:
 
 
 @pytest.fixture
-def pods(api: Api, namespace: str) -> str:
+def pods(running: Lab, api: Api, namespace: str) -> str:
     """A server on node-1 behind a Service, and a client on each node."""
+    if not running.cluster.local:
+        pytest.skip("is about the lab: unset FINETUNE_TEST_KUBECONFIG")
     api.create(_pod("server", "node-1", "python3", "-c", SERVE), namespace=namespace)
     for index in (1, 2):
         api.create(_pod(f"client-{index}", f"node-{index}", "sleep", "1000"), namespace=namespace)

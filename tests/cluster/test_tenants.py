@@ -8,7 +8,6 @@ import pytest
 
 from tests.api.objects import Object, Refused
 from tests.cluster.images import OPERATOR
-from tests.cluster.network import GATEWAY
 from tests.cluster.service import Service
 
 HEAD_PORTS = {"Ray's control store": 6379, "the dashboard": 8265, "progress": 8090, "Ray's metrics": 8080}
@@ -80,12 +79,11 @@ def test_a_neighbour_reaches_nothing_of_a_job_that_the_jobs_own_pods_reach(
 def test_a_worker_reaches_its_storage_and_neither_the_api_server_nor_another_namespace(
     installed: Service, worker: str, neighbour: str
 ) -> None:
-    prometheus, port = installed.prometheus.url.removeprefix("http://").split(":")
-    places = {"API server": ("kubernetes.default", 443), "another namespace": (prometheus, int(port))}
+    places = {"API server": ("kubernetes.default", 443), "another namespace": ("prometheus.monitoring", 9090)}
     for name, (host, number) in places.items():
         assert _reaches(installed, neighbour, host, number), f"{name}: nothing listens there"
         assert not _reaches(installed, worker, host, number), name
-    assert _reaches(installed, worker, GATEWAY, int(installed.s3.endpoint.rpartition(":")[2]))
+    assert _reaches(installed, worker, installed.lab.address, int(installed.s3.endpoint.rpartition(":")[2]))
 
 
 def test_the_dashboard_wants_the_clusters_token(installed: Service, worker: str, head: str) -> None:
