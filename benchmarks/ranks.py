@@ -69,7 +69,7 @@ def run_ranks(command: list[str], world_size: int, log: Path) -> Usage:
                     if other.returncode is None:
                         other.terminate()
     if failed:
-        raise RuntimeError(f"a rank failed: see {log}")
+        raise RuntimeError("a rank failed; its last words:\n" + log.read_text(errors="replace")[-4000:])
     sampler.join()
     return Usage(time.perf_counter() - started, peak, sampler.peak)
 
