@@ -6,21 +6,18 @@ import base64
 import hashlib
 import hmac
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from tests.ports import free_port
+from tests.ports import free_port, wait_for_port
 from tests.tools.build import build, node
 
 ACCOUNT: Final = "finetunetest"
-_START_SECONDS: Final = 60
 # By itself it serves one request at a time; pyarrow leaves an answer half read and asks on.
 _THREADED: Final = """
 from http import server
@@ -84,15 +81,7 @@ def _running(command: list[str], folder: Path, port: int, environment: dict[str,
             command, cwd=folder, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        end = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < end, "it does not listen"
-                time.sleep(0.05)
+        wait_for_port(server, "127.0.0.1", port, folder / "server.log")
         yield
     finally:
         server.terminate()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from tests.ports import free_port
+from tests.ports import free_port, wait_for_port
 from tests.tools.build import build
-
-_START_SECONDS: Final = 60
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def s3_server(folder: Path, tls: tuple[Path, Path] | None = None, host: str = "1
         stdout=subprocess.DEVNULL,
     )
     try:
-        _wait_for(host, port)
+        wait_for_port(server, host, port)
         yield S3Server(
             endpoint=endpoint,
             root=root,
@@ -83,16 +78,3 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     command += [*subject, "-days", "2", "-out", str(files[0]), "-keyout", str(files[1])]
     subprocess.run(command, check=True, capture_output=True)
     return files
-
-
-def _wait_for(host: str, port: int) -> None:
-    end = time.monotonic() + _START_SECONDS
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
-        else:
-            return

@@ -219,7 +219,7 @@ class Training(Model):
         1,
         ge=1,
         le=1000,
-        description="Every how manieth block recomputes them: 2 saves half as much, for half the time.",
+        description="Only each n-th block recomputes them: 2 saves half as much, at half the cost in time.",
     )
     evaluate_every_steps: PositiveCount | None = Field(
         None, description="Evaluate this often. Always at the start and at the end."

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import ray
-from ray._private.state import state
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -21,6 +20,7 @@ from finetune_api.stage import StageFailure
 from finetune_api.status import Result
 from finetune_trainer.pods.head import Head
 from finetune_trainer.ray_adapter import RayReporter, beside_driver, followed, killed_for_memory
+from finetune_trainer.ray_nodes import draining
 from finetune_trainer.reporter import Event, Progress, Reporter
 
 # Work on one node: the run, where events go, and what says that it is asked to stop.
@@ -111,7 +111,7 @@ class _Leaving(Head):
 
     def _leave(self) -> None:
         node = ray.get_runtime_context().get_node_id()
-        while node not in state.get_draining_nodes():
+        while node not in draining():
             time.sleep(_LOOK_SECONDS)
         with contextlib.suppress(ValueError, RayError):
             ray.kill(ray.get_actor(_COORDINATOR, namespace=_COORDINATOR))

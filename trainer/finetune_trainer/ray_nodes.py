@@ -10,6 +10,11 @@ from ray._private.state import state
 from finetune_api.job import Workers
 
 
+def draining() -> Set[str]:
+    """Nodes whose pods were told to end."""
+    return set(state.get_draining_nodes())
+
+
 class RayNodes:
     """Nodes for the processes of `workers`. A node that Ray drains (its pod was told to end) has no room any more."""
 
@@ -17,12 +22,12 @@ class RayNodes:
         self._workers = workers
 
     def room(self) -> int:
-        leaving = state.get_draining_nodes()
+        leaving = draining()
         there = (n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving)
         return sum(self._processes(resources) for resources in there)
 
     def leaving(self) -> Set[str]:
-        return set(state.get_draining_nodes())
+        return draining()
 
     def _processes(self, resources: dict[str, float]) -> int:
         fits = int(resources.get("CPU", 0.0) / self._workers.cpus_each)
